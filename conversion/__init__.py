@@ -1,0 +1,1 @@
+"""SAT checkpoints to Hugging Face folders and back."""

@@ -1,0 +1,1 @@
+"""GLM-130B as a first-class Hugging Face model."""

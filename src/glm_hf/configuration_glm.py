@@ -1,0 +1,125 @@
+"""Configuration of the GLM-130B architecture; the defaults are GLM-130B's own sizes and special ids."""
+
+from typing import Any, ClassVar, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+
+# Scaled variants whose frequencies depend on the sequence length would change keys already in the cache.
+STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+@strict
+class GLMConfig(PreTrainedConfig):
+    r"""
+    Sizes, special token ids and numerics of a GLM-130B model (arXiv 2210.02414).
+
+    Args:
+        vocab_size: Rows of the embedding, which is also the output matrix. GLM-130B uses ids 0 to 150007 of 150528.
+        hidden_size: Width of the residual stream.
+        num_hidden_layers: Number of layers; also sets the DeepNorm factor `alpha = sqrt(2 * num_hidden_layers)`.
+        num_attention_heads: Number of heads; must divide `hidden_size` into an even head size.
+        intermediate_size: Inner width of the GeGLU. The up-projection has twice as many rows.
+        max_position_embeddings: Longest sequence, prompt and answer together.
+        layer_norm_eps: Epsilon of every layer norm.
+        rope_parameters: Rotary settings in the form of transformers; `rope_theta` is 10000 by default. Only types
+            whose frequencies do not depend on the length are allowed: default, linear, llama3, yarn.
+        rope_dtype: Precision in which rotary angles, cosines and sines are rounded. The released model was trained
+            and run with `"float16"`, which matters near position 2000; `"float32"` keeps them exact.
+        hidden_dropout: Dropout of both residual branches, in `[0, 1]`.
+        attention_dropout: Dropout of the attention probabilities, in `[0, 1]`.
+        embedding_gradient_shrink: Share alpha in `(0, 1]` of the gradient that reaches the input embedding in
+            training (paper, section 2.4). 1 leaves the gradient alone.
+        tie_word_embeddings: Whether the output matrix is the embedding.
+        use_cache: Whether the model returns its key-value cache.
+        pad_token_id: Padding; carries no meaning of its own.
+        eos_token_id: `</s>`, appended to a context that does not end in a mask.
+        mask_token_id: `[MASK]`, a short blank inside the text.
+        gmask_token_id: `[gMASK]`, a long blank at the end of the text.
+        smask_token_id: `[sMASK]`, a sentence-sized blank.
+        eod_token_id: End of document.
+        sop_token_id: Start of a blank's content; everything before the first one is the two-way context.
+        eop_token_id: End of a blank's content.
+
+    Raises:
+        huggingface_hub.errors.StrictDataclassClassValidationError: If sizes do not fit together or a special id
+            lies outside the vocabulary.
+    """
+
+    model_type = "glm130b"
+    keys_to_ignore_at_inference = ("past_key_values",)
+    base_model_tp_plan: ClassVar[dict[str, Any] | None] = {
+        "layers.*.attention.query_key_value": "colwise",
+        "layers.*.attention.dense": "rowwise",
+        "layers.*.mlp.dense_h_to_4h": "packed_colwise",
+        "layers.*.mlp.dense_4h_to_h": "rowwise",
+    }
+    base_model_pp_plan: ClassVar[dict[str, Any] | None] = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    vocab_size: int = 150528
+    hidden_size: int = 12288
+    num_hidden_layers: int = 70
+    num_attention_heads: int = 96
+    intermediate_size: int = 32768
+    max_position_embeddings: int = 2048
+    layer_norm_eps: float = 1e-5
+    rope_parameters: RopeParameters | dict | None = None
+    rope_dtype: Literal["float16", "float32"] = "float16"
+    hidden_dropout: float | int = 0.0
+    attention_dropout: float | int = 0.0
+    embedding_gradient_shrink: float | int = 1.0
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+    pad_token_id: int = 0
+    eos_token_id: int = 20002
+    mask_token_id: int = 150000
+    gmask_token_id: int = 150001
+    smask_token_id: int = 150002
+    eod_token_id: int = 150003
+    sop_token_id: int = 150004
+    eop_token_id: int = 150005
+
+    @property
+    def head_dim(self) -> int:
+        """Size of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    def validate_architecture(self) -> None:
+        """Check that sizes, ranges and special ids fit together."""
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.hidden_size % (2 * self.num_attention_heads):
+            raise ValueError(
+                f"hidden_size must be a multiple of 2 * num_attention_heads ({2 * self.num_attention_heads}) so that "
+                f"every head has an even size, got {self.hidden_size}"
+            )
+        for name in ("hidden_dropout", "attention_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        if not 0 < self.embedding_gradient_shrink <= 1:
+            raise ValueError(f"embedding_gradient_shrink must lie in (0, 1], got {self.embedding_gradient_shrink}")
+        rope_type = (self.rope_parameters or {}).get("rope_type", "default")
+        if rope_type not in STATIC_ROPE_TYPES:
+            raise ValueError(f"rope_type must be one of {', '.join(STATIC_ROPE_TYPES)}, got {rope_type}")
+
+    def validate_token_ids(self) -> None:
+        """Check that every special id has an embedding row and that those the model tells apart differ."""
+        ids = {name: getattr(self, name) for name in self.__dict__ if name.endswith("_token_id")}
+        for name, token_id in ids.items():
+            if token_id is not None and not 0 <= token_id < self.vocab_size:
+                raise ValueError(
+                    f"{name} must lie inside the vocabulary (0 to {self.vocab_size - 1}), got {token_id}; "
+                    "a model with its own vocabulary needs its own special ids"
+                )
+        structural = ("mask_token_id", "gmask_token_id", "smask_token_id", "sop_token_id", "eop_token_id")
+        if len({ids[name] for name in structural}) < len(structural):
+            raise ValueError(f"{', '.join(structural)} must differ, got {[ids[name] for name in structural]}")
+
+
+__all__ = ["GLMConfig"]

@@ -1,0 +1,1 @@
+"""Blank-infilling training: data, schedules and trainers."""
