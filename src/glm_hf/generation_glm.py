@@ -1,0 +1,265 @@
+"""Generation for a prefix language model: what differs from transformers' own, and the filling of blanks.
+
+Positions and context are derived from the full ids at every step, so nothing has to be carried along.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.masking_utils import create_masks_for_generate
+
+from .infilling_glm import infilling_layout, mask_token_ids, prepare_context, splice_blank
+from .masking_glm import Mask, continued_positions, is_padding_mask
+
+DEFAULT_NEW_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class FilledBlanks:
+    """Texts with their blanks filled in."""
+
+    sequences: list[list[int]]
+    """Ids of every input with its masks replaced, without `sop`, `eop` and appended `</s>`."""
+    blanks: list[list[list[int]]]
+    """Ids of every blank of every input, in the order in which they were filled."""
+    scores: list[list[float]]
+    """Sum of the log-probabilities of every blank's tokens, its end token included."""
+
+
+@dataclass(frozen=True)
+class Blank:
+    """One proposal for one blank."""
+
+    ids: list[int]
+    """Its tokens, without the end token."""
+    score: float
+    """Sum of log-probabilities of its tokens and its end token."""
+
+
+class GLMGenerationMixin(GenerationMixin):
+    """`generate` with two-way contexts and positions that stay at the mask, and `fill_blanks` on top of it."""
+
+    def generate(
+        self, inputs: torch.Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any
+    ) -> Any:
+        """
+        Generate as in transformers; prompts end in `sop` (`fill_blanks` adds it).
+
+        Raises:
+            ValueError: If `prefill_chunk_size` is set: early chunks of a context could not see later ones.
+        """
+        settings = generation_config if generation_config is not None else self.generation_config
+        if kwargs.get("prefill_chunk_size", settings.prefill_chunk_size) is not None:
+            raise ValueError("prefill_chunk_size would hide later context from earlier; leave it unset")
+        return super().generate(inputs, generation_config, **kwargs)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse continuous batching, whose masks are causal and would give other answers."""
+        raise ValueError(
+            "continuous batching would read the context causally; call generate on a padded batch instead"
+        )
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: Mask = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        is_first_iteration: bool | None = False,
+        position_ids: torch.LongTensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """
+        Prepare one forward pass, with positions derived from the full `input_ids` `(B, S)`.
+
+        Positions given to `generate` win; those of new tokens count on from the last one.
+
+        Raises:
+            ValueError: If a cache is reused that does not hold the whole context.
+        """
+        if is_first_iteration and past_key_values is not None:
+            self._check_reused_cache(input_ids, attention_mask, past_key_values)
+        padding = attention_mask if is_padding_mask(attention_mask) else None
+        if position_ids is None and inputs_embeds is None:
+            position_ids = infilling_layout(input_ids, self.config, padding)[0]
+        elif position_ids is None:
+            length = input_ids.shape[1] if not is_first_iteration else inputs_embeds.shape[1]
+            position_ids = continued_positions(padding, length, 0, input_ids.device)
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            position_ids=position_ids,
+            **kwargs,
+        )
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]) -> None:
+        """Prepare none: `prepare_inputs_for_generation` derives positions at every step."""
+
+    def _check_reused_cache(self, input_ids: torch.Tensor, attention_mask: Mask, past_key_values: Cache) -> None:
+        """Raise unless every row's context and first `sop` lie in the cache."""
+        past_length = int(past_key_values.get_seq_length())
+        if past_length == 0:
+            return
+        if is_padding_mask(attention_mask) and attention_mask.shape[1] != input_ids.shape[1]:
+            raise ValueError("a reused cache needs the ids of the whole sequence, not only the new ones")
+        is_sop = input_ids == self.config.sop_token_id
+        first_sop = torch.where(is_sop.any(1), is_sop.int().argmax(1), -1)
+        if input_ids.shape[1] <= past_length or (first_sop >= past_length).any():
+            raise ValueError(
+                "the context has grown since the cache was filled, and its old tokens would not see the new ones; "
+                "start without past_key_values"
+            )
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: Any,
+        inputs_embeds: torch.Tensor,
+        attention_mask: Mask,
+        past_key_values: Cache,
+        position_ids: torch.Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Make the mask of a decode step for a cache of fixed size; the prefill mask is made from ids by the model."""
+        if is_first_iteration or not past_key_values.is_initialized:
+            return attention_mask
+        return create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values)
+
+    @torch.no_grad()
+    def fill_blanks(
+        self,
+        input_ids: torch.LongTensor | Iterable[Sequence[int]],
+        attention_mask: torch.Tensor | None = None,
+        **generate_kwargs: Any,
+    ) -> FilledBlanks:
+        """
+        Fill every mask of every text, one after another, and splice the answers in.
+
+        A text without a mask is continued. `</s>`, `[gMASK]` and `sop` are added as the model was trained.
+
+        Args:
+            input_ids: `(B, L)` token ids, or a list of id lists of any lengths.
+            attention_mask: `(B, L)`, 1 or True on tokens, if `input_ids` is a padded tensor.
+            **generate_kwargs: For `generate`. `max_new_tokens` counts per blank (128 unless given) and is cut to what
+                the model's `max_position_embeddings` leaves.
+
+        Returns:
+            Sequences, blanks and scores. The logits of every step are kept to compute scores: `V` fp32 numbers each.
+
+        Raises:
+            ValueError: If a text is empty, has only masks, mixes kinds of masks, contains `sop` or is too long.
+        """
+        texts = unpad(input_ids, attention_mask)
+        contexts = [prepare_context(text, self.config) for text in texts]
+        num_masks = [sum(token_id in mask_token_ids(self.config) for token_id in context) for context in contexts]
+        has_own_eos = [text[-1:] == [self.config.eos_token_id] for text in texts]
+        blanks: list[list[Blank]] = [[] for _ in texts]
+        for number in range(max(num_masks, default=0)):
+            rows = [row for row, count in enumerate(num_masks) if number < count]
+            proposals = self.propose_blanks([contexts[row] for row in rows], **generate_kwargs)
+            for row, (best, *_) in zip(rows, proposals, strict=True):
+                contexts[row] = splice_blank(contexts[row], best.ids, self.config)
+                blanks[row].append(best)
+        return FilledBlanks(
+            sequences=[
+                context[:-1] if context[-1:] == [self.config.eos_token_id] and not own_eos else context
+                for context, own_eos in zip(contexts, has_own_eos, strict=True)
+            ],
+            blanks=[[blank.ids for blank in of_text] for of_text in blanks],
+            scores=[[blank.score for blank in of_text] for of_text in blanks],
+        )
+
+    @torch.no_grad()
+    def propose_blanks(self, contexts: Sequence[Sequence[int]], **generate_kwargs: Any) -> list[list[Blank]]:
+        """
+        Generate `num_return_sequences` proposals for the next blank of every context, in the order of `generate`.
+
+        Masks and `sop` are suppressed inside a blank, since they would start blanks of their own.
+
+        Args:
+            contexts: Id lists as `prepare_context` returns them.
+            **generate_kwargs: As in `fill_blanks`.
+        """
+        rows = [[*context, self.config.sop_token_id] for context in contexts]
+        input_ids, attention_mask = self._pad_left(rows)
+        length = input_ids.shape[1]
+        end_ids = [self.config.eop_token_id, self.config.eos_token_id]
+        if "max_length" not in generate_kwargs:
+            room = max(self.config.max_position_embeddings - length, 1)
+            generate_kwargs["max_new_tokens"] = min(generate_kwargs.get("max_new_tokens") or DEFAULT_NEW_TOKENS, room)
+        forbidden = {*mask_token_ids(self.config), self.config.sop_token_id}
+        outputs = self.generate(
+            input_ids,
+            attention_mask=attention_mask,
+            **{
+                "eos_token_id": end_ids,
+                "pad_token_id": self.config.pad_token_id,
+                **generate_kwargs,
+                "suppress_tokens": sorted(forbidden.union(generate_kwargs.get("suppress_tokens") or ())),
+                "return_dict_in_generate": True,
+                "output_logits": True,
+            },
+        )
+        log_probs = self.compute_transition_scores(
+            outputs.sequences, outputs.logits, beam_indices=outputs.get("beam_indices"), normalize_logits=True
+        )  # (B * num_return_sequences, new tokens)
+        proposals = [
+            read_blank(ids, scores, end_ids)
+            for ids, scores in zip(outputs.sequences[:, length:].tolist(), log_probs.tolist(), strict=True)
+        ]
+        count = len(proposals) // len(rows)
+        return [proposals[row * count : (row + 1) * count] for row in range(len(rows))]
+
+    @torch.no_grad()
+    def score_blanks(self, contexts: Sequence[Sequence[int]], blanks: Sequence[Sequence[int]]) -> list[float]:
+        """
+        Return the log-probability of `blanks[i]`, closed by `eop`, in the next mask of `contexts[i]`.
+
+        Args:
+            contexts: Id lists as `prepare_context` returns them.
+            blanks: Id lists without `sop` and `eop`.
+        """
+        starts = [[*context, self.config.sop_token_id] for context in contexts]
+        targets = [[*blank, self.config.eop_token_id] for blank in blanks]
+        rows = [[*start, *target] for start, target in zip(starts, targets, strict=True)]
+        input_ids, attention_mask = self._pad_left(rows)
+        longest = max(map(len, targets))
+        logits = self(input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=longest + 1).logits
+        log_probs = logits[:, :-1].float().log_softmax(-1)  # (B, longest, V)
+        of_tokens = log_probs.gather(2, input_ids[:, -longest:, None]).squeeze(2)
+        return [float(of_tokens[row, longest - len(target) :].sum()) for row, target in enumerate(targets)]
+
+    def _pad_left(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return ids and padding mask `(B, L)` on the device of the embedding."""
+        device = self.get_input_embeddings().weight.device
+        length = max(map(len, rows))
+        padded = [[self.config.pad_token_id] * (length - len(row)) + list(row) for row in rows]
+        mask = [[0] * (length - len(row)) + [1] * len(row) for row in rows]
+        return torch.tensor(padded, device=device), torch.tensor(mask, device=device)
+
+
+def read_blank(ids: Sequence[int], log_probs: Sequence[float], end_ids: Sequence[int]) -> Blank:
+    """Cut generated ids at the first end token; the end token's log-probability counts."""
+    end = next((index for index, token_id in enumerate(ids) if token_id in end_ids), len(ids))
+    return Blank(ids=list(ids[:end]), score=sum(log_probs[: end + 1]))
+
+
+def unpad(input_ids: torch.Tensor | Iterable[Sequence[int]], attention_mask: torch.Tensor | None) -> list[list[int]]:
+    """Return the texts of a batch as id lists without padding."""
+    if isinstance(input_ids, torch.Tensor):
+        if input_ids.ndim != 2:
+            raise ValueError(f"input_ids must be 2D (batch, length), got {tuple(input_ids.shape)}")
+        kept = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        return [ids[mask.bool()].tolist() for ids, mask in zip(input_ids, kept, strict=True)]
+    if attention_mask is not None:
+        raise ValueError("attention_mask belongs to a padded tensor; lists of ids have no padding")
+    return [list(ids) for ids in input_ids]

@@ -1,0 +1,490 @@
+"""The GLM-130B network: DeepNorm post-LN layers with rotary attention and a GeGLU, one class per block.
+
+A layer computes `a = LN(x); h = alpha * a + Attention(a); m = LN(h); y = alpha * m + MLP(m)` with
+`alpha = sqrt(2 * num_hidden_layers)`: residuals start from the normed states.
+
+Shapes: `B` batch, `L` length, `D` hidden, `H` heads, `K` head dim, `F` inner width of the MLP, `V` vocabulary.
+
+Layout of the weights (all linears have a bias, the output matrix has none):
+    embed_tokens.weight                (V, D)   also the output matrix when tied
+    attention.query_key_value.weight   (3D, D)  per head: K rows of query, K of key, K of value
+    attention.dense.weight             (D, D)
+    mlp.dense_h_to_4h.weight           (2F, D)  F linear rows, then F gate rows
+    mlp.dense_4h_to_h.weight           (D, F)
+Source: GLM-130B (arXiv 2210.02414), section 2; DeepNorm (arXiv 2203.00555).
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, MaskedLMOutput
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_glm import GLMConfig
+from .generation_glm import GLMGenerationMixin
+from .infilling_glm import masked_lm_layout
+from .masking_glm import infilling_attention
+
+
+class GLMRotaryEmbedding(nn.Module):
+    """
+    Compute rotary cosines and sines, rounded as the released model rounds them.
+
+    It keeps no buffer: the few operations cost nothing, and nothing is lost on the meta device or in a cast of the
+    model. Frequencies are rounded to fp16; with `rope_dtype="float16"` so are angles, cosines and sines.
+    """
+
+    def __init__(self, config: GLMConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.rope_dtype = getattr(torch, config.rope_dtype)
+
+    def inverse_frequencies(self, device: torch.device) -> tuple[torch.Tensor, float]:
+        """Return `(K/2,)` inverse frequencies in fp32 and the factor on cosines and sines."""
+        rope = self.config.rope_parameters
+        if rope["rope_type"] != "default":
+            return ROPE_INIT_FUNCTIONS[rope["rope_type"]](self.config, device)
+        exponents = torch.arange(0, self.config.head_dim, 2, dtype=torch.float, device=device) / self.config.head_dim
+        return 1.0 / rope["rope_theta"] ** exponents, 1.0
+
+    @torch.no_grad()
+    def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return cosines and sines `(B, L, K/2)` of `position_ids` `(B, L)` in the dtype of the hidden states."""
+        frequencies, factor = self.inverse_frequencies(position_ids.device)
+        frequencies = frequencies.to(torch.float16).to(self.rope_dtype)
+        angles = position_ids[..., None].to(self.rope_dtype) * frequencies  # (B, L, K/2)
+        return (angles.cos() * factor).to(hidden_states.dtype), (angles.sin() * factor).to(hidden_states.dtype)
+
+
+def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate the halves of every head in `states` `(..., K)` by angles given as `cos` and `sin` `(..., K/2)`."""
+    first, second = states.chunk(2, dim=-1)
+    return torch.cat(
+        (torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)), dim=-1
+    )
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Attend in plain torch: the reference of the faster implementations, and the one that returns probabilities.
+
+    Scores are divided by `layer + 1` until they are fp32, so that deep layers do not overflow in fp16.
+
+    Args:
+        module: The attention block.
+        query: `(B, H, L, K)`.
+        key: `(B, H, S, K)`.
+        value: `(B, H, S, K)`.
+        attention_mask: `(B or 1, 1, L, S)` added to the scores, or None.
+        scaling: Factor on the scores.
+        dropout: Dropout of the probabilities.
+        **kwargs: Ignored.
+
+    Returns:
+        Output `(B, L, H, K)` and probabilities `(B, H, L, S)`.
+    """
+    depth = module.layer_idx + 1
+    scores = torch.matmul(query * (scaling / depth), key.transpose(2, 3)).float() * depth  # (B, H, L, S)
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    probabilities = nn.functional.softmax(scores, dim=-1).to(query.dtype)
+    probabilities = nn.functional.dropout(probabilities, p=dropout, training=module.training)
+    return torch.matmul(probabilities, value).transpose(1, 2).contiguous(), probabilities
+
+
+class GLMAttention(nn.Module):
+    """Multi-head attention with rotary positions on the whole head."""
+
+    def __init__(self, config: GLMConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.scaling = config.head_dim**-0.5
+        self.is_causal = True
+        self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        past_key_values: Cache | None = None,
+        context_length: int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attend from `(B, L, D)` to itself and the cache; arguments as in `GLMLayer.forward`."""
+        batch, length, _ = hidden_states.shape
+        qkv = self.query_key_value(hidden_states).view(batch, length, -1, 3, self.head_dim)  # (B, L, H, 3, K)
+        cos, sin = (table[:, :, None, None] for table in position_embeddings)  # (B, L, 1, 1, K/2)
+        query, key = apply_rotary(qkv[:, :, :, :2], cos, sin).transpose(1, 2).unbind(3)  # (B, H, L, K)
+        value = qkv[:, :, :, 2].transpose(1, 2)  # (B, H, L, K)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)  # (B, H, S, K)
+
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        dropout = self.config.attention_dropout if self.training else 0.0
+        options = {"scaling": self.scaling, "dropout": dropout, **kwargs}
+        if context_length is None:
+            output, probabilities = attend(self, query, key, value, attention_mask, **options)
+        else:
+            # The context needs no mask, so its rows reach the fused kernels; the mask holds the other rows only.
+            context, rest = query.tensor_split([context_length], dim=2)
+            of_context = (states[:, :, :context_length] for states in (key, value))
+            output, probabilities = attend(self, context, *of_context, None, is_causal=False, **options)
+            output = torch.cat((output, attend(self, rest, key, value, attention_mask, **options)[0]), dim=1)
+        return self.dense(output.reshape(batch, length, -1)), probabilities
+
+
+class GLMMLP(nn.Module):
+    """GeGLU: the second half of the up-projection, activated, gates the first."""
+
+    def __init__(self, config: GLMConfig) -> None:
+        super().__init__()
+        self.dense_h_to_4h = nn.Linear(config.hidden_size, 2 * config.intermediate_size)
+        self.dense_4h_to_h = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Map `(B, L, D)` to `(B, L, D)`."""
+        linear, gate = self.dense_h_to_4h(hidden_states).chunk(2, dim=-1)  # 2 x (B, L, F)
+        return self.dense_4h_to_h(linear * nn.functional.gelu(gate))
+
+
+class GLMLayer(GradientCheckpointingLayer):
+    """One DeepNorm layer."""
+
+    def __init__(self, config: GLMConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.alpha = (2 * config.num_hidden_layers) ** 0.5
+        self.hidden_dropout = config.hidden_dropout
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = GLMAttention(config, layer_idx)
+        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = GLMMLP(config)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        past_key_values: Cache | None = None,
+        context_length: int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        """
+        Apply the layer.
+
+        Args:
+            hidden_states: `(B, L, D)`.
+            attention_mask: In the form of the attention implementation, None where nothing is hidden but the future.
+            position_embeddings: Cosines and sines `(B, L, K/2)`.
+            past_key_values: Cache, updated in place.
+            context_length: If given, the first `context_length` tokens of every row see exactly each other, and
+                `attention_mask` holds the rows of the others.
+            **kwargs: Passed to the attention implementation.
+
+        Returns:
+            `(B, L, D)`.
+        """
+        normed = self.input_layernorm(hidden_states)
+        output, _ = self.attention(
+            normed, attention_mask, position_embeddings, past_key_values, context_length=context_length, **kwargs
+        )
+        output = nn.functional.dropout(output, p=self.hidden_dropout, training=self.training)
+        normed = self.post_attention_layernorm(torch.add(output, normed, alpha=self.alpha))
+        output = nn.functional.dropout(self.mlp(normed), p=self.hidden_dropout, training=self.training)
+        return torch.add(output, normed, alpha=self.alpha)
+
+
+class GLMPreTrainedModel(PreTrainedModel):
+    """Weight initialisation and what transformers needs to know of the architecture."""
+
+    config: GLMConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["GLMLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_flash_attn = False  # its masks would silently drop the two-way context
+    _supports_context_parallel = False  # assumes a causal context
+    _can_compile_fullgraph = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": GLMLayer, "attentions": GLMAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialise by DeepNorm: Xavier normal; value, attention output and MLP shrunk by `(2 * layers)^-1/2`."""
+        hidden, inner = self.config.hidden_size, self.config.intermediate_size
+        shrink = (2 * self.config.num_hidden_layers) ** -0.5
+        if isinstance(module, nn.Embedding):
+            init.xavier_normal_(module.weight)
+        elif isinstance(module, GLMMLP):
+            std = shrink * xavier_std(hidden, inner)
+            init.normal_(module.dense_h_to_4h.weight, std=std)
+            init.normal_(module.dense_4h_to_h.weight, std=std)
+        elif isinstance(module, GLMAttention):
+            std = xavier_std(hidden, hidden)
+            init.normal_(module.dense.weight, std=shrink * std)
+            weight = module.query_key_value.weight
+            if not getattr(weight, "_is_hf_initialized", False):
+                init.normal_(weight, std=std)
+                weight.view(-1, 3, module.head_dim, hidden)[:, 2].mul_(shrink)
+        else:
+            super()._init_weights(module)
+
+
+def xavier_std(fan_in: int, fan_out: int) -> float:
+    """Return the standard deviation of Xavier normal initialisation."""
+    return (2 / (fan_in + fan_out)) ** 0.5
+
+
+class GLMModel(GLMPreTrainedModel):
+    """The network without a head: token ids to hidden states after the final norm."""
+
+    def __init__(self, config: GLMConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(GLMLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.rotary_emb = GLMRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        segment_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        """
+        Encode token ids.
+
+        Without a mask and positions of the caller's, both follow from `input_ids`: the tokens before a sample's first
+        `sop` see each other, all others see what stands before them (see `infilling_glm`). A sample without `sop`,
+        `inputs_embeds`, and tokens added to a filled cache are causal with positions that count up.
+
+        Args:
+            input_ids: `(B, L)` token ids.
+            attention_mask: 1 or True where a token may be seen. `(B, S)` marks padding and is joined with the mask
+                above; `(B or 1, 1, L, S)` replaces it, under every attention implementation.
+            position_ids: `(B, L)` rotary positions; replace the derived ones.
+            past_key_values: Cache of earlier tokens.
+            segment_ids: `(B, L)` integers from 0 to `L` for samples packed side by side in a row: the number of a
+                token's sample, 0 on padding. Each sample sees only itself and has its own context and positions.
+            inputs_embeds: `(B, L, D)` instead of `input_ids`.
+            use_cache: Whether to return the cache.
+            **kwargs: Passed to the attention implementation.
+
+        Returns:
+            `last_hidden_state` `(B, L, D)` and the cache; `hidden_states` and `attentions` when asked for.
+
+        Raises:
+            ValueError: If not exactly one of `input_ids` and `inputs_embeds` is given, or `segment_ids` come together
+                with an `attention_mask` or a filled cache.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        alpha = self.config.embedding_gradient_shrink
+        if self.training and alpha != 1:
+            inputs_embeds = alpha * inputs_embeds + (1 - alpha) * inputs_embeds.detach()
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+
+        attention_mask, position_ids, context_length = infilling_attention(
+            self.config, input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, segment_ids
+        )
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
+        hidden_states = inputs_embeds
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=attention_mask,
+                position_embeddings=position_embeddings,
+                past_key_values=past_key_values,
+                context_length=context_length,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+
+class GLMForBlankInfilling(GLMPreTrainedModel, GLMGenerationMixin):
+    """GLM with its output matrix: predicts the next token of a blank, and generates."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: GLMConfig) -> None:
+        super().__init__(config)
+        self.model = GLMModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.loss_type = "ForCausalLM"
+        self.generation_config.eos_token_id = [config.eop_token_id, config.eos_token_id]
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        segment_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        """
+        Predict the token after each.
+
+        Args:
+            input_ids: As in `GLMModel.forward`, like the arguments up to `inputs_embeds`.
+            attention_mask: As in `GLMModel.forward`.
+            position_ids: As in `GLMModel.forward`.
+            past_key_values: As in `GLMModel.forward`.
+            segment_ids: As in `GLMModel.forward`.
+            inputs_embeds: As in `GLMModel.forward`.
+            labels: `(B, L)` aligned with `input_ids` (the loss shifts them), -100 on the context, `sop` and padding.
+                `shift_labels`, already shifted, are taken instead when given.
+            use_cache: Whether to return the cache.
+            logits_to_keep: Compute logits of the last so many tokens only, 0 for all; or of the given indices.
+            **kwargs: Passed to the attention implementation and the loss.
+
+        Returns:
+            `logits` `(B, L, V)`, the mean `loss` when labels are given, and the cache.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            segment_ids=segment_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None or kwargs.get("shift_labels") is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class GLMForMaskedLM(GLMPreTrainedModel):
+    """GLM as a masked language model: scores one token for every `[MASK]` in a single forward pass."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: GLMConfig) -> None:
+        super().__init__(config)
+        self.model = GLMModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MaskedLMOutput:
+        """
+        Score the tokens of a text whose tokens all see each other.
+
+        A row with masks is completed as for generation: `</s>` unless it ends in a mask or `</s>`, then one `sop` for
+        each `[MASK]`, at its position and seeing the context only. The logits of a mask are those of its `sop`, which
+        are the ones `GLMForBlankInfilling` begins that blank with.
+
+        Args:
+            input_ids: `(B, L)` token ids without `sop`.
+            attention_mask: `(B, L)`, 1 or True on tokens, 0 or False on padding. A 4D mask is taken as it is, and
+                then no `sop` is added.
+            position_ids: `(B, L)`; by default tokens are counted.
+            inputs_embeds: `(B, L, D)` instead of `input_ids`; then no `sop` is added.
+            labels: `(B, L)` with the token of each `[MASK]`, -100 elsewhere.
+            **kwargs: Passed to the attention implementation and the loss.
+
+        Returns:
+            `logits` `(B, L, V)` and the mean `loss` when labels are given.
+        """
+        is_text = input_ids is not None and (attention_mask is None or attention_mask.ndim == 2)
+        source = None
+        if is_text:
+            input_ids, attention_mask, position_ids, source = masked_lm_layout(
+                input_ids, self.config, attention_mask, position_ids
+            )
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=False,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        if source is not None:
+            hidden_states = hidden_states.take_along_dim(source[..., None], dim=1)  # (B, L, D)
+        logits = self.lm_head(hidden_states)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return MaskedLMOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+    def as_blank_infilling(self) -> GLMForBlankInfilling:
+        """Return the generating head over the same modules; no weight is copied."""
+        with torch.device("meta"):
+            head = GLMForBlankInfilling(self.config)
+        head.model, head.lm_head = self.model, self.lm_head
+        return head.train(self.training)
+
+
+__all__ = ["GLMForBlankInfilling", "GLMForMaskedLM", "GLMModel", "GLMPreTrainedModel"]
