@@ -52,7 +52,7 @@ class GLMConfig(PreTrainedConfig):
     base_model_tp_plan: ClassVar[dict[str, Any] | None] = {
         "layers.*.attention.query_key_value": "colwise",
         "layers.*.attention.dense": "rowwise",
-        "layers.*.mlp.dense_h_to_4h": "packed_colwise",
+        "layers.*.mlp.dense_h_to_4h": "glu_colwise",
         "layers.*.mlp.dense_4h_to_h": "rowwise",
     }
     base_model_pp_plan: ClassVar[dict[str, Any] | None] = {

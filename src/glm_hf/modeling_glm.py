@@ -18,9 +18,12 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DeviceMesh, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, PackedColwiseParallel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, MaskedLMOutput
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -156,6 +159,25 @@ class GLMAttention(nn.Module):
             output, probabilities = attend(self, context, *of_context, None, is_causal=False, **options)
             output = torch.cat((output, attend(self, rest, key, value, attention_mask, **options)[0]), dim=1)
         return self.dense(output.reshape(batch, length, -1)), probabilities
+
+
+class GLUColwiseParallel(PackedColwiseParallel):
+    """
+    Split each half of a GLU's up-projection over the ranks, weight and bias alike.
+
+    transformers' `packed_colwise` cuts a bias in one piece, so that the first rank gets the bias of the first half.
+    """
+
+    def shard_param(self, module: nn.Module, param: str, mesh: DeviceMesh) -> None:
+        """Replace a parameter `(2F, D)` or `(2F,)` by its shard of both halves."""
+        tensor = module._parameters[param]
+        if tensor is not None:
+            placement = _StridedShard(dim=0, split_factor=self.split_factor)
+            sharded = distribute_tensor(tensor, mesh, [placement], src_data_rank=None)
+            module._parameters[param] = nn.Parameter(sharded, requires_grad=tensor.requires_grad)
+
+
+ALL_PARALLEL_STYLES.register("glu_colwise", GLUColwiseParallel())
 
 
 class GLMMLP(nn.Module):
