@@ -8,6 +8,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+torch.set_num_threads(1)  # tiny models lose more than they gain from a second thread
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:

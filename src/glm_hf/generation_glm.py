@@ -83,7 +83,7 @@ class GLMGenerationMixin(GenerationMixin):
             ValueError: If a cache is reused that does not hold the whole context.
         """
         if is_first_iteration and past_key_values is not None:
-            self._check_reused_cache(input_ids, attention_mask, past_key_values)
+            self._check_reused_cache(input_ids, past_key_values)
         padding = attention_mask if is_padding_mask(attention_mask) else None
         if position_ids is None and inputs_embeds is None:
             position_ids = infilling_layout(input_ids, self.config, padding)[0]
@@ -104,16 +104,16 @@ class GLMGenerationMixin(GenerationMixin):
     def _prepare_position_ids_for_generation(self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]) -> None:
         """Prepare none: `prepare_inputs_for_generation` derives positions at every step."""
 
-    def _check_reused_cache(self, input_ids: torch.Tensor, attention_mask: Mask, past_key_values: Cache) -> None:
+    def _check_reused_cache(self, input_ids: torch.Tensor, past_key_values: Cache) -> None:
         """Raise unless every row's context and first `sop` lie in the cache."""
         past_length = int(past_key_values.get_seq_length())
         if past_length == 0:
             return
-        if is_padding_mask(attention_mask) and attention_mask.shape[1] != input_ids.shape[1]:
+        if input_ids.shape[1] <= past_length:
             raise ValueError("a reused cache needs the ids of the whole sequence, not only the new ones")
         is_sop = input_ids == self.config.sop_token_id
         first_sop = torch.where(is_sop.any(1), is_sop.int().argmax(1), -1)
-        if input_ids.shape[1] <= past_length or (first_sop >= past_length).any():
+        if (first_sop >= past_length).any():
             raise ValueError(
                 "the context has grown since the cache was filled, and its old tokens would not see the new ones; "
                 "start without past_key_values"
@@ -201,9 +201,9 @@ class GLMGenerationMixin(GenerationMixin):
             input_ids,
             attention_mask=attention_mask,
             **{
-                "eos_token_id": end_ids,
                 "pad_token_id": self.config.pad_token_id,
                 **generate_kwargs,
+                "eos_token_id": end_ids,
                 "suppress_tokens": sorted(forbidden.union(generate_kwargs.get("suppress_tokens") or ())),
                 "return_dict_in_generate": True,
                 "output_logits": True,

@@ -6,7 +6,7 @@ Shapes: `B` batch, `L` new tokens, `S` all tokens with those in the cache, `D` h
 from collections.abc import Callable
 
 import torch
-from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.utils.import_utils import is_tracing
@@ -99,6 +99,11 @@ def expand_mask(attention_mask: Mask, config: GLMConfig, dtype: torch.dtype) -> 
     visible = attention_mask.bool()
     if config._attn_implementation == "sdpa":
         return visible
+    if config._attn_implementation == "flex_attention":
+        batch, _, length, kv_length = visible.shape
+        return create_block_mask(
+            lambda row, head, query, key: visible[row, 0, query, key], batch, None, length, kv_length, visible.device
+        )
     return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
 
 

@@ -62,19 +62,26 @@ class GLMRotaryEmbedding(nn.Module):
 
     @torch.no_grad()
     def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return cosines and sines `(B, L, K/2)` of `position_ids` `(B, L)` in the dtype of the hidden states."""
+        """Return for `position_ids` `(B, L)` what `apply_rotary` takes, in the dtype of the hidden states."""
         frequencies, factor = self.inverse_frequencies(position_ids.device)
         frequencies = frequencies.to(torch.float16).to(self.rope_dtype)
         angles = position_ids[..., None].to(self.rope_dtype) * frequencies  # (B, L, K/2)
-        return (angles.cos() * factor).to(hidden_states.dtype), (angles.sin() * factor).to(hidden_states.dtype)
+        cos, sin = angles.cos() * factor, angles.sin() * factor
+        dtype = hidden_states.dtype
+        return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)  # 2 x (B, L, K)
 
 
-def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the halves of every head in `states` `(..., K)` by angles given as `cos` and `sin` `(..., K/2)`."""
+def apply_rotary(states: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor) -> torch.Tensor:
+    """
+    Rotate each pair of dimensions `i` and `i + K/2` of `states` `(..., K)`.
+
+    Args:
+        states: Queries or keys.
+        cos: Cosines `(..., K)`, the same in both halves.
+        signed_sin: Sines `(..., K)`, negated in the first half.
+    """
     first, second = states.chunk(2, dim=-1)
-    return torch.cat(
-        (torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)), dim=-1
-    )
+    return torch.addcmul(states * cos, torch.cat((second, first), dim=-1), signed_sin)
 
 
 def eager_attention_forward(
@@ -139,7 +146,7 @@ class GLMAttention(nn.Module):
         """Attend from `(B, L, D)` to itself and the cache; arguments as in `GLMLayer.forward`."""
         batch, length, _ = hidden_states.shape
         qkv = self.query_key_value(hidden_states).view(batch, length, -1, 3, self.head_dim)  # (B, L, H, 3, K)
-        cos, sin = (table[:, :, None, None] for table in position_embeddings)  # (B, L, 1, 1, K/2)
+        cos, sin = (table[:, :, None, None] for table in position_embeddings)  # (B, L, 1, 1, K)
         query, key = apply_rotary(qkv[:, :, :, :2], cos, sin).transpose(1, 2).unbind(3)  # (B, H, L, K)
         value = qkv[:, :, :, 2].transpose(1, 2)  # (B, H, L, K)
         if past_key_values is not None:
@@ -221,7 +228,7 @@ class GLMLayer(GradientCheckpointingLayer):
         Args:
             hidden_states: `(B, L, D)`.
             attention_mask: In the form of the attention implementation, None where nothing is hidden but the future.
-            position_embeddings: Cosines and sines `(B, L, K/2)`.
+            position_embeddings: Cosines and signed sines `(B, L, K)`.
             past_key_values: Cache, updated in place.
             context_length: If given, the first `context_length` tokens of every row see exactly each other, and
                 `attention_mask` holds the rows of the others.
@@ -255,6 +262,10 @@ class GLMPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": GLMLayer, "attentions": GLMAttention}
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        """Initialise a module that was not loaded; the shortcut for custom code would skip blocks without weights."""
+        super()._initialize_weights(module, is_custom_code=False)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

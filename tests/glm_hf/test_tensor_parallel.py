@@ -14,7 +14,11 @@ CASE = "mask_infill"
 
 def run_rank(rank: int, world_size: int, port: int, folder: str) -> None:
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
     )
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world_size)
@@ -25,7 +29,11 @@ def run_rank(rank: int, world_size: int, port: int, folder: str) -> None:
     logits = model(input_ids, labels=input_ids).logits
     logits.square().mean().backward()
     layer = model.model.layers[0]
-    parameters = {"up": layer.mlp.dense_h_to_4h, "qkv": layer.attention.query_key_value, "down": layer.mlp.dense_4h_to_h}
+    parameters = {
+        "up": layer.mlp.dense_h_to_4h,
+        "qkv": layer.attention.query_key_value,
+        "down": layer.mlp.dense_4h_to_h,
+    }
     gradients = {
         f"{name}.{kind}": getattr(module, kind).grad.full_tensor()
         if hasattr(getattr(module, kind).grad, "full_tensor")
@@ -57,7 +65,11 @@ def test_two_ranks_compute_what_one_does(tmp_path, world_size):
     model.zero_grad()
     model(input_ids).logits.square().mean().backward()
     layer = model.model.layers[0]
-    parameters = {"up": layer.mlp.dense_h_to_4h, "qkv": layer.attention.query_key_value, "down": layer.mlp.dense_4h_to_h}
+    parameters = {
+        "up": layer.mlp.dense_h_to_4h,
+        "qkv": layer.attention.query_key_value,
+        "down": layer.mlp.dense_4h_to_h,
+    }
     for name, module in parameters.items():
         for kind in ("weight", "bias"):
             torch.testing.assert_close(result[f"{name}.{kind}"], getattr(module, kind).grad, atol=1e-4, rtol=1e-3)
