@@ -1,0 +1,38 @@
+# Every target makes the virtual environment it needs; only Python >= 3.11 and make have to be there.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+TORCH := $(shell grep '^torch==' constraints.txt)
+
+.PHONY: install demo test quality bench clean
+
+install: $(INSTALLED)
+
+# torch goes first and by its pin, since a bare requirement may bring another build. Wheels are preferred to sources.
+$(INSTALLED): setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "transformers 5.23 needs Python 3.11 or newer")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: $(INSTALLED)
+	HF_HUB_OFFLINE=1 $(BIN)/python examples/demo.py
+
+# The second run is of transformers' own model tests, which its source distribution has and its wheel has not.
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+	$(BIN)/python tests/hf_common/fetch.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/hf_common/test_modeling_glm.py
+
+quality: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/forward.py
+
+clean:
+	rm -rf $(VENV) .cache build dist *.egg-info
