@@ -1,21 +1,36 @@
-"""GLM-130B as a first-class Hugging Face model: importing the package registers it with the Auto classes."""
+"""GLM-130B as a first-class Hugging Face model: importing the package registers it with transformers."""
 
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForDecision,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
+    AutoTokenizer,
 )
 
 from glm_hf._version import __version__
 from glm_hf.configuration_glm import GLMConfig
 from glm_hf.modeling_glm import GLMForBlankInfilling, GLMForMaskedLM, GLMModel
+from glm_hf.pipeline_glm import BlankInfillingPipeline, register_pipelines
+from glm_hf.tokenization_glm import GLMTokenizer
 
 AutoConfig.register("glm130b", GLMConfig, exist_ok=True)
 AutoModel.register(GLMConfig, GLMModel, exist_ok=True)
 AutoModelForCausalLM.register(GLMConfig, GLMForBlankInfilling, exist_ok=True)
 AutoModelForSeq2SeqLM.register(GLMConfig, GLMForBlankInfilling, exist_ok=True)
 AutoModelForMaskedLM.register(GLMConfig, GLMForMaskedLM, exist_ok=True)
+AutoModelForDecision.register(GLMConfig, GLMForBlankInfilling, exist_ok=True)  # where `transformers serve` looks first
+AutoTokenizer.register(GLMConfig, tokenizer_class=GLMTokenizer, exist_ok=True)
+register_pipelines()
 
-__all__ = ["GLMConfig", "GLMForBlankInfilling", "GLMForMaskedLM", "GLMModel", "__version__"]
+__all__ = [
+    "BlankInfillingPipeline",
+    "GLMConfig",
+    "GLMForBlankInfilling",
+    "GLMForMaskedLM",
+    "GLMModel",
+    "GLMTokenizer",
+    "__version__",
+]

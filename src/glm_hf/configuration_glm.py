@@ -26,7 +26,8 @@ class GLMConfig(PreTrainedConfig):
         rope_parameters: Rotary settings in the form of transformers; `rope_theta` is 10000 by default. Only types
             whose frequencies do not depend on the length are allowed: default, linear, llama3, yarn.
         rope_dtype: Precision in which rotary angles, cosines and sines are rounded. The released model was trained
-            and run with `"float16"`, which matters near position 2000; `"float32"` keeps them exact.
+            and run with `"float16"`, which matters near position 2000; `"float32"` keeps them exact, and is needed
+            for scaled types and beyond 2048 positions, which fp16 cannot tell apart.
         hidden_dropout: Dropout of both residual branches, in `[0, 1]`.
         attention_dropout: Dropout of the attention probabilities, in `[0, 1]`.
         embedding_gradient_shrink: Share alpha in `(0, 1]` of the gradient that reaches the input embedding in
@@ -68,7 +69,7 @@ class GLMConfig(PreTrainedConfig):
     intermediate_size: int = 32768
     max_position_embeddings: int = 2048
     layer_norm_eps: float = 1e-5
-    rope_parameters: RopeParameters | dict | None = None
+    rope_parameters: RopeParameters | dict[str, Any] | None = None
     rope_dtype: Literal["float16", "float32"] = "float16"
     hidden_dropout: float | int = 0.0
     attention_dropout: float | int = 0.0
@@ -104,9 +105,14 @@ class GLMConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
         if not 0 < self.embedding_gradient_shrink <= 1:
             raise ValueError(f"embedding_gradient_shrink must lie in (0, 1], got {self.embedding_gradient_shrink}")
-        rope_type = (self.rope_parameters or {}).get("rope_type", "default")
+        rope = self.rope_parameters or {}
+        rope_type = rope.get("rope_type", "default")
         if rope_type not in STATIC_ROPE_TYPES:
             raise ValueError(f"rope_type must be one of {', '.join(STATIC_ROPE_TYPES)}, got {rope_type}")
+        if rope.get("partial_rotary_factor", 1.0) != 1.0:
+            raise ValueError("partial_rotary_factor must be 1, since the whole head is rotated")
+        if self.rope_dtype == "float16" and (rope_type != "default" or self.max_position_embeddings > 2048):
+            raise ValueError('scaled rotary positions and more than 2048 positions need rope_dtype="float32"')
 
     def validate_token_ids(self) -> None:
         """Check that every special id has an embedding row and that those the model tells apart differ."""

@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.masking_utils import create_masks_for_generate
 
+from .configuration_glm import GLMConfig
 from .infilling_glm import infilling_layout, mask_token_ids, prepare_context, splice_blank
 from .masking_glm import Mask, continued_positions, is_padding_mask
 
@@ -65,13 +66,13 @@ class GLMGenerationMixin(GenerationMixin):
 
     def prepare_inputs_for_generation(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         next_sequence_length: int | None = None,
         past_key_values: Cache | None = None,
         attention_mask: Mask = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         is_first_iteration: bool | None = False,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """
@@ -85,11 +86,11 @@ class GLMGenerationMixin(GenerationMixin):
         if is_first_iteration and past_key_values is not None:
             self._check_reused_cache(input_ids, past_key_values)
         padding = attention_mask if is_padding_mask(attention_mask) else None
-        if position_ids is None and inputs_embeds is None:
-            position_ids = infilling_layout(input_ids, self.config, padding)[0]
-        elif position_ids is None:
-            length = input_ids.shape[1] if not is_first_iteration else inputs_embeds.shape[1]
+        if position_ids is None and inputs_embeds is not None:
+            length = inputs_embeds.shape[1] if is_first_iteration else input_ids.shape[1]
             position_ids = continued_positions(padding, length, 0, input_ids.device)
+        elif position_ids is None:
+            position_ids = infilling_layout(input_ids, self.config, padding)[0]
         return super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -137,7 +138,7 @@ class GLMGenerationMixin(GenerationMixin):
     @torch.no_grad()
     def fill_blanks(
         self,
-        input_ids: torch.LongTensor | Iterable[Sequence[int]],
+        input_ids: torch.Tensor | Iterable[Sequence[int]],
         attention_mask: torch.Tensor | None = None,
         **generate_kwargs: Any,
     ) -> FilledBlanks:
@@ -196,15 +197,13 @@ class GLMGenerationMixin(GenerationMixin):
         if "max_length" not in generate_kwargs:
             room = max(self.config.max_position_embeddings - length, 1)
             generate_kwargs["max_new_tokens"] = min(generate_kwargs.get("max_new_tokens") or DEFAULT_NEW_TOKENS, room)
-        forbidden = {*mask_token_ids(self.config), self.config.sop_token_id}
         outputs = self.generate(
             input_ids,
             attention_mask=attention_mask,
             **{
                 "pad_token_id": self.config.pad_token_id,
-                **generate_kwargs,
+                **suppress_blanks(generate_kwargs, self.config),
                 "eos_token_id": end_ids,
-                "suppress_tokens": sorted(forbidden.union(generate_kwargs.get("suppress_tokens") or ())),
                 "return_dict_in_generate": True,
                 "output_logits": True,
             },
@@ -245,6 +244,12 @@ class GLMGenerationMixin(GenerationMixin):
         padded = [[self.config.pad_token_id] * (length - len(row)) + list(row) for row in rows]
         mask = [[0] * (length - len(row)) + [1] * len(row) for row in rows]
         return torch.tensor(padded, device=device), torch.tensor(mask, device=device)
+
+
+def suppress_blanks(generate_kwargs: dict[str, Any], config: GLMConfig) -> dict[str, Any]:
+    """Add masks and `sop` to the tokens that `generate` suppresses, since they would start blanks of their own."""
+    suppressed = {*mask_token_ids(config), config.sop_token_id, *(generate_kwargs.get("suppress_tokens") or ())}
+    return {**generate_kwargs, "suppress_tokens": sorted(suppressed)}
 
 
 def read_blank(ids: Sequence[int], log_probs: Sequence[float], end_ids: Sequence[int]) -> Blank:

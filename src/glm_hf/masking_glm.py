@@ -4,6 +4,7 @@ Shapes: `B` batch, `L` new tokens, `S` all tokens with those in the cache, `D` h
 """
 
 from collections.abc import Callable
+from typing import TypeGuard
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
@@ -87,7 +88,7 @@ def infilling_attention(
     return mask, position_ids, None
 
 
-def is_padding_mask(attention_mask: Mask) -> bool:
+def is_padding_mask(attention_mask: Mask) -> TypeGuard[torch.Tensor]:
     """Tell whether a mask is `(B, S)` and so marks padding only."""
     return isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
 
@@ -111,7 +112,7 @@ def continued_positions(
     attention_mask: Mask, length: int, past_length: int | torch.Tensor, device: torch.device
 ) -> torch.Tensor:
     """Return `(B or 1, L)` positions that count on from a filled cache; padding is not counted."""
-    if isinstance(attention_mask, torch.Tensor) and is_padding_mask(attention_mask):
+    if is_padding_mask(attention_mask):
         return (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -length:]
     return torch.arange(length, device=device)[None] + past_length
 

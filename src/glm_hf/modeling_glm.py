@@ -36,7 +36,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_glm import GLMConfig
 from .generation_glm import GLMGenerationMixin
 from .infilling_glm import masked_lm_layout
-from .masking_glm import infilling_attention
+from .masking_glm import Mask, infilling_attention, is_padding_mask
 
 
 class GLMRotaryEmbedding(nn.Module):
@@ -49,23 +49,26 @@ class GLMRotaryEmbedding(nn.Module):
 
     def __init__(self, config: GLMConfig) -> None:
         super().__init__()
+        config.validate_architecture()  # rope_parameters may have been assigned after the config was made
         self.config = config
         self.rope_dtype = getattr(torch, config.rope_dtype)
 
     def inverse_frequencies(self, device: torch.device) -> tuple[torch.Tensor, float]:
-        """Return `(K/2,)` inverse frequencies in fp32 and the factor on cosines and sines."""
-        rope = self.config.rope_parameters
-        if rope["rope_type"] != "default":
-            return ROPE_INIT_FUNCTIONS[rope["rope_type"]](self.config, device)
+        """Return `(K/2,)` inverse frequencies, rounded to fp16 as released, and the factor on cosines and sines."""
+        rope = dict(self.config.rope_parameters or {})
         exponents = torch.arange(0, self.config.head_dim, 2, dtype=torch.float, device=device) / self.config.head_dim
-        return 1.0 / rope["rope_theta"] ** exponents, 1.0
+        exact = 1.0 / rope["rope_theta"] ** exponents
+        rounded = exact.to(torch.float16).float()
+        if rope["rope_type"] == "default":
+            return rounded, 1.0
+        scaled, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](self.config, device)
+        return rounded * (scaled / exact), factor
 
     @torch.no_grad()
     def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return for `position_ids` `(B, L)` what `apply_rotary` takes, in the dtype of the hidden states."""
         frequencies, factor = self.inverse_frequencies(position_ids.device)
-        frequencies = frequencies.to(torch.float16).to(self.rope_dtype)
-        angles = position_ids[..., None].to(self.rope_dtype) * frequencies  # (B, L, K/2)
+        angles = position_ids[..., None].to(self.rope_dtype) * frequencies.to(self.rope_dtype)  # (B, L, K/2)
         cos, sin = angles.cos() * factor, angles.sin() * factor
         dtype = hidden_states.dtype
         return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)  # 2 x (B, L, K)
@@ -85,7 +88,7 @@ def apply_rotary(states: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tens
 
 
 def eager_attention_forward(
-    module: nn.Module,
+    module: "GLMAttention",
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -137,7 +140,7 @@ class GLMAttention(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None,
+        attention_mask: Mask,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         past_key_values: Cache | None = None,
         context_length: int | None = None,
@@ -216,7 +219,7 @@ class GLMLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: Mask = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         past_key_values: Cache | None = None,
         context_length: int | None = None,
@@ -310,12 +313,12 @@ class GLMModel(GLMPreTrainedModel):
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: Mask = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        segment_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        segment_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
@@ -391,13 +394,13 @@ class GLMForBlankInfilling(GLMPreTrainedModel, GLMGenerationMixin):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: Mask = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        segment_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        segment_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
@@ -461,11 +464,11 @@ class GLMForMaskedLM(GLMPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: Mask = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MaskedLMOutput:
         """
@@ -485,11 +488,11 @@ class GLMForMaskedLM(GLMPreTrainedModel):
             **kwargs: Passed to the attention implementation and the loss.
 
         Returns:
-            `logits` `(B, L, V)` and the mean `loss` when labels are given.
+            `logits` `(B, L, V)` and the mean `loss` when labels are given. `hidden_states` and `attentions`, when
+            asked for, hold the added tokens behind the `L` given ones.
         """
-        is_text = input_ids is not None and (attention_mask is None or attention_mask.ndim == 2)
         source = None
-        if is_text:
+        if input_ids is not None and (attention_mask is None or is_padding_mask(attention_mask)):
             input_ids, attention_mask, position_ids, source = masked_lm_layout(
                 input_ids, self.config, attention_mask, position_ids
             )

@@ -39,6 +39,9 @@ def test_save_and_load_through_auto_config(tmp_path):
         ({"hidden_dropout": 1.5}, r"hidden_dropout must lie in \[0, 1\], got 1.5"),
         ({"embedding_gradient_shrink": 0.0}, "embedding_gradient_shrink must lie in"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type must be one of"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "whole head"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, 'need rope_dtype="float32"'),
+        ({"max_position_embeddings": 4096}, 'need rope_dtype="float32"'),
         ({"hidden_size": "12288"}, "hidden_size"),
     ],
 )

@@ -8,6 +8,7 @@ from golden import CONFIGS, TOLERANCE, golden_arrays, golden_model
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, DynamicCache
 
 from glm_hf import GLMConfig, GLMForBlankInfilling, GLMForMaskedLM, GLMModel
+from glm_hf.modeling_glm import GLMRotaryEmbedding
 
 MODEL = golden_model("cfg1")
 CONFIG = MODEL.config
@@ -138,25 +139,29 @@ def test_steps_with_a_cache_equal_the_whole_row():
     torch.testing.assert_close(torch.cat(steps), whole, atol=NOISE, rtol=0)
 
 
-def test_flex_attention_equals_sdpa():
+def test_flex_attention_equals_sdpa_for_every_derived_mask():
+    model = golden_model("cfg1", "flex_attention")
+    with (
+        torch.no_grad(),
+        torch.compiler.set_stance("force_eager"),
+    ):  # flex attention's own reference, without its kernels
+        alone = [logits_of(row, model) for row in (SHORT, LONG)]
+        padded = model(torch.tensor([SHORT, [0, 0, *LONG]]), attention_mask=torch.tensor([[1] * 8, [0, 0] + [1] * 6]))
+        packed = model(torch.tensor([SHORT + LONG]), segment_ids=torch.tensor([[1] * 8 + [2] * 6]))
+    for short, long in [alone, (padded.logits[0], padded.logits[1, 2:]), packed.logits[0].split([8, 6])]:
+        torch.testing.assert_close(short, logits_of(SHORT), atol=NOISE, rtol=0)
+        torch.testing.assert_close(long, logits_of(LONG), atol=NOISE, rtol=0)
+
+
+def test_compiled_flex_attention_takes_a_four_dimensional_mask():
     if shutil.which("g++") is None and shutil.which("clang++") is None:
         pytest.skip("flex attention on the CPU needs a C++ compiler")
-    model = golden_model("cfg1", "flex_attention")
-    for row in (SHORT, LONG):
-        torch.testing.assert_close(logits_of(row, model), logits_of(row), atol=NOISE, rtol=0)
-    rows, padding = torch.tensor([SHORT, [0, 0, *LONG]]), torch.tensor([[1] * 8, [0, 0] + [1] * 6])
-    segments = torch.tensor([[1] * 8 + [2] * 6])
-    with torch.no_grad():
-        padded = model(rows, attention_mask=padding).logits
-        packed = model(torch.tensor([SHORT + LONG]), segment_ids=segments).logits[0]
-    torch.testing.assert_close(padded[1, 2:], logits_of(LONG), atol=NOISE, rtol=0)
-    torch.testing.assert_close(packed[8:], logits_of(LONG), atol=NOISE, rtol=0)
+    arrays = {key: golden_arrays("cfg1")[f"multichoice.{key}"] for key in ("input_ids", "position_ids", "logits")}
     visible = ~golden_arrays("cfg1")["multichoice.attention_mask"]
-    positions = golden_arrays("cfg1")["multichoice.position_ids"]
-    ids = golden_arrays("cfg1")["multichoice.input_ids"]
+    model = golden_model("cfg1", "flex_attention")
     with torch.no_grad():
-        explicit = model(ids, attention_mask=visible, position_ids=positions).logits
-    assert (explicit - golden_arrays("cfg1")["multichoice.logits"]).abs().max() < TOLERANCE
+        logits = model(arrays["input_ids"], attention_mask=visible, position_ids=arrays["position_ids"]).logits
+    assert (logits - arrays["logits"]).abs().max() < TOLERANCE
 
 
 def test_attention_probabilities_are_returned_by_eager():
@@ -241,17 +246,22 @@ def test_rotary_angles_survive_a_cast_of_the_model():
         )
 
 
-def test_scaled_rotary_types_change_positions():
-    scaled = tiny_model(
-        rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}, rope_dtype="float32"
-    )
-    plain = tiny_model(rope_dtype="float32")
-    for model in (scaled, plain):
-        model.load_state_dict(MODEL.state_dict())
-        model.eval()
-    positions = torch.arange(8)[None]
-    halved = logits_of(SHORT, scaled, position_ids=2 * positions)
-    torch.testing.assert_close(halved, logits_of(SHORT, plain, position_ids=positions), atol=2e-3, rtol=0)
+def test_linear_scaling_stretches_positions():
+    rotary = GLMRotaryEmbedding(GLMConfig(rope_dtype="float32"))
+    rope = {"rope_type": "linear", "rope_theta": 1e4, "factor": 10.0}
+    stretched = GLMRotaryEmbedding(GLMConfig(rope_dtype="float32", rope_parameters=rope))
+    positions = torch.arange(0, 2048)[None]
+    for plain, scaled in zip(
+        rotary(torch.zeros(1), positions), stretched(torch.zeros(1), 10 * positions), strict=True
+    ):
+        torch.testing.assert_close(scaled, plain, atol=1e-3, rtol=0)  # angles up to 2047 in fp32
+
+
+def test_rotary_type_assigned_later_is_checked_too():
+    config = GLMConfig(**CONFIG.to_dict())
+    config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    with pytest.raises(ValueError, match="rope_type must be one of"):
+        GLMModel(config)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

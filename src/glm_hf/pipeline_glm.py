@@ -1,0 +1,188 @@
+"""Pipelines: `fill-mask` that fills blanks of any length, `text-generation` that reads the prompt both ways.
+
+Registered for the tasks of these names by `import glm_hf`; models of other kinds get transformers' own pipelines.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers.pipelines import PIPELINE_REGISTRY, FillMaskPipeline, TextGenerationPipeline
+from transformers.pipelines.text_generation import ReturnType
+
+from .generation_glm import Blank, suppress_blanks, unpad
+from .infilling_glm import mask_token_ids, prepare_context, splice_blank
+from .modeling_glm import GLMForMaskedLM, GLMPreTrainedModel
+
+
+class BlankInfillingPipeline(FillMaskPipeline):
+    """
+    Fill the masks of a text with blanks of any length, best proposals first.
+
+    `pipeline("fill-mask", model=folder)("Paris is the [MASK] of France.", top_k=3)`
+
+    `[MASK]`, `[sMASK]` and `[gMASK]` are filled one after another from the left, each time with the best proposal in
+    the masks before; a text without a mask is continued. A result is a list of dicts, for several masks a list of such
+    lists, with `score` (probability of the whole blank and its end), `token` (its id, a list of ids unless it is
+    exactly one), `token_str` and `sequence`.
+
+    Call arguments: `top_k` (5), `targets` (texts of any length to choose from), `tokenizer_kwargs`, and those of
+    `generate`, such as `max_new_tokens` (per blank) and `num_beams` (at least `top_k`).
+    """
+
+    def __new__(cls, model: Any, *args: Any, **kwargs: Any) -> FillMaskPipeline:
+        """Make transformers' own pipeline for models of other kinds."""
+        if not isinstance(model, GLMPreTrainedModel):
+            return FillMaskPipeline(model, *args, **kwargs)
+        return super().__new__(cls)
+
+    def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(model, *args, **kwargs)
+        self.infiller = model.as_blank_infilling() if isinstance(model, GLMForMaskedLM) else model
+
+    def _sanitize_parameters(
+        self,
+        top_k: int | None = None,
+        targets: str | Sequence[str] | None = None,
+        tokenizer_kwargs: dict[str, Any] | None = None,
+        **generate_kwargs: Any,
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        preprocess = {} if tokenizer_kwargs is None else {"tokenizer_kwargs": tokenizer_kwargs}
+        forward = dict(generate_kwargs)
+        if top_k is not None:
+            if top_k < 1:
+                raise ValueError(f"top_k must be at least 1, got {top_k}")
+            forward["top_k"] = top_k
+        if targets is not None:
+            forward["targets"] = self._encode_targets([targets] if isinstance(targets, str) else targets)
+        return preprocess, forward, {}
+
+    def _encode_targets(self, targets: Sequence[str]) -> list[list[int]]:
+        """Return the ids of every distinct target."""
+        ids = [self.tokenizer(target, add_special_tokens=False)["input_ids"] for target in dict.fromkeys(targets)]
+        if not ids or not all(ids):
+            raise ValueError("targets must hold at least one text, and none of them may be empty")
+        return ids
+
+    def preprocess(self, inputs: str, tokenizer_kwargs: dict[str, Any] | None = None, **_: Any) -> dict[str, Any]:
+        """Encode a text and check that it can be filled."""
+        encoded = self.tokenizer(inputs, return_tensors="pt", **(tokenizer_kwargs or {}))
+        prepare_context(encoded["input_ids"][0].tolist(), self.model.config)
+        return encoded
+
+    def _forward(
+        self,
+        model_inputs: dict[str, torch.Tensor],
+        top_k: int = 5,
+        targets: list[list[int]] | None = None,
+        **generate_kwargs: Any,
+    ) -> dict[str, Any]:
+        """Return for every text of the batch its rounds: the context before each filling, and the proposals."""
+        config = self.model.config
+        texts = unpad(model_inputs["input_ids"], model_inputs.get("attention_mask"))
+        contexts = [prepare_context(text, config) for text in texts]
+        num_masks = [sum(token_id in mask_token_ids(config) for token_id in context) for context in contexts]
+        rounds: list[list[tuple[list[int], list[Blank]]]] = [[] for _ in texts]
+        for number in range(max(num_masks)):
+            rows = [row for row, count in enumerate(num_masks) if number < count]
+            proposed = self._propose([contexts[row] for row in rows], top_k, targets, generate_kwargs)
+            for row, proposals in zip(rows, proposed, strict=True):
+                rounds[row].append((contexts[row], proposals))
+                contexts[row] = splice_blank(contexts[row], proposals[0].ids, config)
+        return {"rounds": rounds, "text": texts}
+
+    def _propose(
+        self,
+        contexts: list[list[int]],
+        top_k: int,
+        targets: list[list[int]] | None,
+        generate_kwargs: dict[str, Any],
+    ) -> list[list[Blank]]:
+        """Return the `top_k` best proposals for the next blank of every context."""
+        if targets is None:
+            options = {**generate_kwargs, "num_return_sequences": top_k}
+            num_beams = max(top_k, generate_kwargs.get("num_beams", 1))
+            if num_beams > 1 and not options.get("do_sample"):
+                options |= {"num_beams": num_beams, "length_penalty": 0.0}  # ranks by probability
+            return self.infiller.propose_blanks(contexts, **options)
+        proposed = []
+        for context in contexts:
+            scores = self.infiller.score_blanks([context] * len(targets), targets)
+            blanks = [Blank(ids, score) for ids, score in zip(targets, scores, strict=True)]
+            proposed.append(sorted(blanks, key=lambda blank: blank.score, reverse=True)[:top_k])
+        return proposed
+
+    def postprocess(self, model_outputs: dict[str, Any], **_: Any) -> list[Any]:
+        """Decode the proposals of one text."""
+        rounds, text = (model_outputs[key] for key in ("rounds", "text"))
+        if text and isinstance(text[0], list):  # not batched: still a batch of one
+            rounds, text = rounds[0], text[0]
+        eos = self.model.config.eos_token_id
+        results = []
+        for context, proposals in rounds:
+            if context[-1] == eos and text[-1] != eos:
+                context = context[:-1]
+            results.append([self._describe(context, blank, is_only_mask=len(rounds) == 1) for blank in proposals])
+        return results[0] if len(results) == 1 else results
+
+    def _describe(self, context: list[int], blank: Blank, is_only_mask: bool) -> dict[str, Any]:
+        """Return one result in the format of `FillMaskPipeline`."""
+        sequence = splice_blank(context, blank.ids, self.model.config)
+        return {
+            "score": math.exp(blank.score),
+            "token": blank.ids[0] if len(blank.ids) == 1 else blank.ids,
+            "token_str": self.tokenizer.decode(blank.ids),
+            "sequence": self.tokenizer.decode(sequence, skip_special_tokens=is_only_mask),
+        }
+
+
+class GLMTextGenerationPipeline(TextGenerationPipeline):
+    """Continue a prompt that is read both ways: `[gMASK]` and `sop` are put behind it."""
+
+    def __new__(cls, model: Any, *args: Any, **kwargs: Any) -> TextGenerationPipeline:
+        """Make transformers' own pipeline for models of other kinds."""
+        if not isinstance(model, GLMPreTrainedModel):
+            return TextGenerationPipeline(model, *args, **kwargs)
+        return super().__new__(cls)
+
+    def preprocess(self, prompt_text: Any, **kwargs: Any) -> dict[str, Any]:
+        """Encode a prompt and complete it to a context."""
+        inputs = super().preprocess(prompt_text, **kwargs)
+        config = self.model.config
+        ids = inputs["input_ids"][0].tolist()
+        if {config.mask_token_id, config.smask_token_id}.intersection(ids):
+            raise ValueError('text-generation continues a text; use pipeline("fill-mask") to fill [MASK] and [sMASK]')
+        inputs["input_ids"] = torch.tensor([[*prepare_context(ids, config), config.sop_token_id]])
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        return inputs
+
+    def _forward(self, model_inputs: dict[str, Any], **generate_kwargs: Any) -> dict[str, Any]:
+        """Generate without tokens that would start another blank."""
+        return super()._forward(model_inputs, **suppress_blanks(generate_kwargs, self.model.config))
+
+    def postprocess(
+        self, model_outputs: dict[str, Any], return_type: ReturnType = ReturnType.FULL_TEXT, **kwargs: Any
+    ) -> list[dict[str, Any]]:
+        """Decode the answer as the continuation of the prompt, which keeps the blank between them."""
+        records = super().postprocess(model_outputs, return_type=return_type, **kwargs)
+        if return_type == ReturnType.TENSORS or not isinstance(model_outputs["prompt_text"], str):
+            return records
+        special = set(self.tokenizer.all_special_ids)
+        length = model_outputs["input_ids"].shape[-1]
+        for record, ids in zip(records, model_outputs["generated_sequence"][0].tolist(), strict=True):
+            prompt, whole = (
+                self.tokenizer.decode([token_id for token_id in part if token_id not in special])
+                for part in (ids[:length], ids)
+            )
+            answer = whole.removeprefix(prompt)
+            is_full = return_type == ReturnType.FULL_TEXT
+            record["generated_text"] = model_outputs["prompt_text"] + answer if is_full else answer
+        return records
+
+
+def register_pipelines() -> None:
+    """Put the pipelines in the place of transformers' own, whose default models stay."""
+    tasks = {"fill-mask": BlankInfillingPipeline, "text-generation": GLMTextGenerationPipeline}
+    for task, pipeline_class in tasks.items():
+        PIPELINE_REGISTRY.supported_tasks[task]["impl"] = pipeline_class

@@ -1,0 +1,10 @@
+import pytest
+from tiny_model import save_tiny_model, train_sentencepiece
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """Folder of a tiny model with its tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny")
+    save_tiny_model(folder / "model", train_sentencepiece(folder / "tiny.model"))
+    return folder / "model"

@@ -1,0 +1,196 @@
+import math
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    FillMaskPipeline,
+    GPT2Config,
+    GPT2LMHeadModel,
+    TextGenerationPipeline,
+    pipeline,
+)
+from transformers.pipelines import PIPELINE_REGISTRY
+
+from glm_hf import BlankInfillingPipeline, GLMForBlankInfilling, GLMForMaskedLM
+from glm_hf.pipeline_glm import GLMTextGenerationPipeline
+
+ONE = "the people [MASK] the time"
+TWO = "the [MASK] people have [MASK] time"
+OPTIONS = {"max_new_tokens": 5}
+
+
+@pytest.fixture(scope="module")
+def fill(model_folder):
+    return pipeline("fill-mask", model=str(model_folder), dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def infilling(model_folder):
+    return GLMForBlankInfilling.from_pretrained(model_folder).eval()
+
+
+def test_pipeline_of_the_task_is_ours(fill):
+    assert type(fill) is BlankInfillingPipeline
+    assert type(fill.model) is GLMForMaskedLM
+    assert fill.infiller.model is fill.model.model
+
+
+def test_result_has_the_standard_format(fill):
+    results = fill(ONE, **OPTIONS)
+    assert len(results) == 5
+    for result in results:
+        assert result.keys() == {"score", "token", "token_str", "sequence"}
+        assert fill.tokenizer.decode(result["token"]) == result["token_str"]
+        assert result["sequence"].startswith("the people")
+        assert result["sequence"].endswith("the time")
+    scores = [result["score"] for result in results]
+    assert scores == sorted(scores, reverse=True)
+    assert 0 < sum(scores) <= 1
+
+
+def test_score_is_the_probability_of_the_whole_blank(fill, infilling):
+    config = infilling.config
+    context = [*fill.tokenizer(ONE)["input_ids"], config.eos_token_id]
+    for result in fill(ONE, top_k=3, **OPTIONS):
+        ids = result["token"] if isinstance(result["token"], list) else [result["token"]]
+        with torch.no_grad():
+            log_probs = infilling(torch.tensor([[*context, config.sop_token_id, *ids]])).logits[0].log_softmax(-1)
+        start = len(context)
+        of_tokens = sum(log_probs[start + index, token].item() for index, token in enumerate(ids))
+        ends = [log_probs[-1, end].item() for end in (config.eop_token_id, config.eos_token_id)]
+        finished = [math.exp(of_tokens + end) for end in ends]
+        assert any(result["score"] == pytest.approx(p, rel=1e-3) for p in [*finished, math.exp(of_tokens)])
+
+
+def test_blank_of_several_tokens_is_a_list(fill):
+    lengths = {len(r["token"]) if isinstance(r["token"], list) else 1 for r in fill(ONE, top_k=8, **OPTIONS)}
+    assert lengths - {1}
+
+
+def test_one_proposal_is_still_a_list(fill):
+    assert len(fill(ONE, top_k=1, **OPTIONS)) == 1
+
+
+def test_several_masks_give_a_list_each_and_fill_from_the_left(fill):
+    first, second = fill(TWO, top_k=2, **OPTIONS)
+    assert all("[MASK]" in result["sequence"] for result in first)
+    assert not any("[MASK]" in result["sequence"] for result in second)
+    again = fill(first[0]["sequence"], top_k=2, **OPTIONS)
+    assert [result["token_str"] for result in again] == [result["token_str"] for result in second]
+
+
+def test_targets_are_ranked_by_their_probability(fill, infilling):
+    targets = ["people", "the time", "soporific"]
+    results = fill(ONE, targets=targets)
+    assert {result["token_str"] for result in results} == set(targets)
+    context = [*fill.tokenizer(ONE)["input_ids"], infilling.config.eos_token_id]
+    ids = [fill.tokenizer(target)["input_ids"] for target in targets]
+    expected = dict(zip(targets, infilling.score_blanks([context] * 3, ids), strict=True))
+    for result in results:
+        assert result["score"] == pytest.approx(math.exp(expected[result["token_str"]]), rel=1e-3)
+    scores = [result["score"] for result in results]
+    assert scores == sorted(scores, reverse=True)
+    assert len(fill(ONE, targets=targets, top_k=1)) == 1
+    assert len(fill(ONE, targets="people")) == 1
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_batch_equals_single_texts(fill, batch_size):
+    texts = [ONE, TWO, "the work of [gMASK]", "the only word"]
+    batch = fill(texts, top_k=2, batch_size=batch_size, **OPTIONS)
+    for text, results in zip(texts, batch, strict=True):
+        alone = fill(text, top_k=2, **OPTIONS)
+        assert strip_scores(results) == strip_scores(alone)
+
+
+def strip_scores(results):
+    if isinstance(results, list):
+        return [strip_scores(result) for result in results]
+    return results["sequence"]
+
+
+@pytest.mark.parametrize("text", ["the work of [gMASK]", "the work of"])
+def test_long_blank_continues_the_text(fill, text):
+    (result,) = fill(text, top_k=1, **OPTIONS)
+    assert result["sequence"].startswith("the work of")
+    assert "MASK" not in result["sequence"]
+
+
+def test_generating_model_object_works_as_well(model_folder, fill):
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    other = pipeline("fill-mask", model=model, tokenizer=fill.tokenizer)
+    assert other(ONE, top_k=2, **OPTIONS) == fill(ONE, top_k=2, **OPTIONS)
+
+
+def test_stock_pipeline_scores_single_tokens(fill):
+    stock = FillMaskPipeline(model=fill.model, tokenizer=fill.tokenizer)
+    results = stock(ONE, top_k=3)
+    assert all(isinstance(result["token"], int) for result in results)
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        ("", {}, "the text is empty"),
+        ("[MASK]", {}, "nothing but masks"),
+        ("the [MASK] and [gMASK]", {}, "mixes"),
+        ("people " * 3000, {}, "leaves no room"),
+        (ONE, {"top_k": 0}, "top_k must be at least 1"),
+        (ONE, {"targets": []}, "targets must hold"),
+        (ONE, {"targets": ["people", ""]}, "targets must hold"),
+    ],
+)
+def test_bad_input_is_refused(fill, text, options, message):
+    with pytest.raises(ValueError, match=message):
+        fill(text, **options)
+
+
+@pytest.fixture
+def bert(model_folder, fill):
+    config = BertConfig(
+        vocab_size=600, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    return pipeline("fill-mask", model=BertForMaskedLM(config), tokenizer=fill.tokenizer)
+
+
+def test_other_models_keep_their_pipelines(bert, fill, tmp_path):
+    assert type(bert) is FillMaskPipeline
+    assert len(bert(ONE)) == 5
+    bert.save_pretrained(tmp_path)
+    assert "custom_pipelines" not in (tmp_path / "config.json").read_text()
+    assert PIPELINE_REGISTRY.supported_tasks["fill-mask"]["default"]["model"]
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=600, n_embd=16, n_layer=1, n_head=2))
+    generator = pipeline("text-generation", model=gpt2, tokenizer=fill.tokenizer)
+    assert type(generator) is TextGenerationPipeline
+
+
+def test_saved_pipeline_asks_for_no_remote_code(fill, tmp_path):
+    fill.save_pretrained(tmp_path)
+    assert "custom_pipelines" not in (tmp_path / "config.json").read_text()
+    assert pipeline("fill-mask", model=str(tmp_path))(ONE, top_k=1, **OPTIONS) == fill(ONE, top_k=1, **OPTIONS)
+
+
+def test_text_generation_continues_with_the_prompt_read_both_ways(model_folder, infilling):
+    generator = pipeline("text-generation", model=str(model_folder), dtype=torch.float32)
+    assert type(generator) is GLMTextGenerationPipeline
+    prompts = ["the work of", "people time year 天地人"]
+    expected = [
+        generator.tokenizer.decode(
+            infilling.fill_blanks([generator.tokenizer(prompt)["input_ids"]], max_new_tokens=6).sequences[0]
+        )
+        for prompt in prompts
+    ]
+    options = {"max_new_tokens": 6, "do_sample": False}
+    assert [result[0]["generated_text"] for result in generator(prompts, **options)] == expected
+    assert [r[0]["generated_text"] for r in generator(prompts, batch_size=2, **options)] == expected
+    answer = generator(prompts[0], return_full_text=False, **options)[0]["generated_text"]
+    assert prompts[0] + answer == expected[0]
+
+
+def test_text_generation_sends_masks_to_fill_mask(model_folder):
+    generator = pipeline("text-generation", model=str(model_folder))
+    with pytest.raises(ValueError, match="fill-mask"):
+        generator(ONE)
