@@ -1,0 +1,83 @@
+"""Find a checkpoint's configuration: sizes from the weights, special ids and numerics from the user or GLM-130B."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+
+from glm_hf.configuration_glm import GLMConfig
+from glm_hf.conversion.sat_checkpoint import SatCheckpoint
+
+HELP = "pass config= (a GLMConfig, a dict of its fields or a JSON file) with the right values"
+
+
+def checkpoint_config(
+    checkpoint: SatCheckpoint, config: GLMConfig | dict[str, Any] | str | Path | None = None
+) -> GLMConfig:
+    """
+    Return the configuration of the model that `checkpoint` holds.
+
+    Args:
+        checkpoint: The checkpoint; its weights tell all sizes, and heads if it has rotary frequencies.
+        config: What the weights cannot tell: a config, a dict of its fields or a JSON file. GLM-130B's own by default.
+
+    Returns:
+        A new configuration of `GLMForBlankInfilling`.
+
+    Raises:
+        FileNotFoundError: If the JSON file does not exist.
+        ValueError: If `config` contradicts the weights, lacks what they cannot tell, or has an unknown field.
+    """
+    fields = _fields(config)
+    for name, size in _sizes(checkpoint).items():
+        if fields.setdefault(name, size) != size:
+            raise ValueError(f"config has {name} = {fields[name]}, but the weights have {size}; {HELP}")
+    if not fields.get("tie_word_embeddings", True):
+        raise ValueError(f"config has tie_word_embeddings = False, but a SAT checkpoint has no output matrix; {HELP}")
+    try:
+        model_config = GLMConfig.from_dict(fields | {"architectures": ["GLMForBlankInfilling"]})
+    except StrictDataclassError as error:
+        raise ValueError(f"the configuration does not fit the weights: {error.__cause__}; {HELP}") from error
+    if model_config.num_attention_heads % checkpoint.tp_size:
+        raise ValueError(
+            f"the number of ranks ({checkpoint.tp_size}) must divide num_attention_heads, "
+            f"got {model_config.num_attention_heads}; {HELP}"
+        )
+    return model_config
+
+
+def _sizes(checkpoint: SatCheckpoint) -> dict[str, int]:
+    """Return the fields of the configuration that the weights tell."""
+    hidden_size = checkpoint.numel("transformer.final_layernorm.weight")
+    sizes = {
+        "vocab_size": checkpoint.numel("transformer.word_embeddings.weight") * checkpoint.tp_size // hidden_size,
+        "hidden_size": hidden_size,
+        "num_hidden_layers": checkpoint.num_layers,
+        "intermediate_size": checkpoint.numel("transformer.layers.0.mlp.dense_h_to_4h.bias") * checkpoint.tp_size // 2,
+    }
+    if head_dim := checkpoint.head_dim:
+        if hidden_size % head_dim:
+            raise ValueError(f"head size {head_dim} of the rotary frequencies must divide hidden size {hidden_size}")
+        sizes["num_attention_heads"] = hidden_size // head_dim
+    return sizes
+
+
+def _fields(config: GLMConfig | dict[str, Any] | str | Path | None) -> dict[str, Any]:
+    """Return the fields that the user gives, as a new dict."""
+    if isinstance(config, GLMConfig):
+        return config.to_dict()
+    fields = _read_json(Path(config)) if isinstance(config, (str, Path)) else dict(config or {})
+    if unknown := sorted(fields.keys() - GLMConfig().to_dict().keys()):
+        raise ValueError(f"config has unknown fields {', '.join(unknown)}; expected fields of GLMConfig")
+    return fields
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not a JSON file: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} holds no fields; expected a JSON object with fields of GLMConfig")
+    return fields

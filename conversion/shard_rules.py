@@ -1,0 +1,105 @@
+"""How every parameter is cut over tensor-parallel ranks: one table, used to join ranks and to cut for them.
+
+Shapes: `n` ranks, `D` hidden, `F` inner width of the MLP, `V` vocabulary. What one rank holds:
+    COLUMN       (V/n, D), (3D/n, D), (3D/n)   the rank's rows; of query_key_value its whole heads
+    ROW          (D, D/n), (D, F/n)            the rank's columns
+    GATED        (2F/n, D), (2F/n)             the rank's F/n linear rows, then its F/n gate rows
+    REPLICATED   (D)                           everything; a bias of a ROW weight is added once, after the sum
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ShardRule:
+    """
+    The cut of one tensor over ranks.
+
+    Attributes:
+        dim: Dimension that is cut, None if every rank holds the whole tensor.
+        blocks: Number of equal blocks stacked along `dim`; every rank holds its share of each.
+    """
+
+    dim: int | None
+    blocks: int = 1
+
+    def shard_shape(self, shape: Sequence[int], tp_size: int) -> tuple[int, ...]:
+        """Return the shape of one rank's part of a tensor of `shape`; ValueError if it cannot be cut evenly."""
+        shape = list(shape)
+        if self.dim is not None:
+            if shape[self.dim] % (self.blocks * tp_size):
+                raise ValueError(
+                    f"tp_size must cut dimension {self.dim} of a tensor of shape {tuple(shape)} into "
+                    f"{self.blocks} x tp_size equal parts, got {tp_size}"
+                )
+            shape[self.dim] //= tp_size
+        return tuple(shape)
+
+    def merge(self, parts: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
+        """
+        Join the parts of all ranks.
+
+        Args:
+            parts: One tensor per rank, in rank order. Of replicated parts, which must be equal, the first is taken.
+            out: Tensor of the full shape to write into, in any dtype; a new one in the dtype of the parts if None.
+
+        Returns:
+            The full tensor.
+        """
+        if out is None:
+            shape = list(parts[0].shape)
+            if self.dim is not None:
+                shape[self.dim] *= len(parts)
+            out = torch.empty(shape, dtype=parts[0].dtype, device=parts[0].device)
+        if self.dim is None:
+            return out.copy_(parts[0])
+        for rank, part in enumerate(parts):
+            view = self._view_of_rank(out, len(parts), rank)
+            view.copy_(part.reshape(view.shape))
+        return out
+
+    def split(self, tensor: Tensor, tp_size: int) -> list[Tensor]:
+        """Return the contiguous parts of all ranks, in rank order; ValueError if `tensor` cannot be cut evenly."""
+        shape = self.shard_shape(tensor.shape, tp_size)
+        if self.dim is None:
+            return [tensor] * tp_size
+        return [self._view_of_rank(tensor, tp_size, rank).reshape(shape).contiguous() for rank in range(tp_size)]
+
+    def _view_of_rank(self, tensor: Tensor, tp_size: int, rank: int) -> Tensor:
+        """Return what `rank` holds of a cut `tensor` as a view, with `dim` unfolded to `(blocks, size)`."""
+        assert self.dim is not None
+        return tensor.unflatten(self.dim, (self.blocks, tp_size, -1)).select(self.dim + 1, rank)
+
+
+COLUMN = ShardRule(dim=0)
+ROW = ShardRule(dim=1)
+GATED = ShardRule(dim=0, blocks=2)
+REPLICATED = ShardRule(dim=None)
+
+SHARD_RULES = {
+    "model.embed_tokens.weight": COLUMN,
+    "input_layernorm.weight": REPLICATED,
+    "input_layernorm.bias": REPLICATED,
+    "attention.query_key_value.weight": COLUMN,
+    "attention.query_key_value.bias": COLUMN,
+    "attention.dense.weight": ROW,
+    "attention.dense.bias": REPLICATED,
+    "post_attention_layernorm.weight": REPLICATED,
+    "post_attention_layernorm.bias": REPLICATED,
+    "mlp.dense_h_to_4h.weight": GATED,
+    "mlp.dense_h_to_4h.bias": GATED,
+    "mlp.dense_4h_to_h.weight": ROW,
+    "mlp.dense_4h_to_h.bias": REPLICATED,
+    "model.norm.weight": REPLICATED,
+    "model.norm.bias": REPLICATED,
+}
+
+
+def shard_rule(name: str) -> ShardRule:
+    """Return the rule of the model's parameter `name`; KeyError if the table does not have it."""
+    return SHARD_RULES[re.sub(r"^model\.layers\.\d+\.", "", name)]
