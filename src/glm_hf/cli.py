@@ -1,0 +1,185 @@
+"""The `glm-hf` command.
+
+Results go to stdout, progress and errors to stderr. Exit code 0 on success, 1 if the input cannot be processed, with
+the reason in one line, and 2 if the command itself is wrong.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+from glm_hf._version import __version__
+
+T = TypeVar("T")
+BATCH_OF_LINES = 8  # texts from stdin that are filled together
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command with `arguments` (those of the process by default) and return its exit code."""
+    options = build_parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except KeyboardInterrupt:
+        return fail("interrupted")
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output has left, as `head` does
+        return 1
+    except expected_errors() as error:
+        return fail(" ".join(str(error.__cause__ if is_wrapper(error) else error).split()))
+    return 0
+
+
+def fail(reason: str) -> int:
+    """Print the reason in one line on stderr and return exit code 1."""
+    print(f"glm-hf: error: {reason}", file=sys.stderr)
+    return 1
+
+
+def expected_errors() -> tuple[type[Exception], ...]:
+    """Return the errors that are the input's fault or the machine's; any other is a bug and keeps its traceback."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    return ValueError, OSError, StrictDataclassError, MemoryError
+
+
+def is_wrapper(error: Exception) -> bool:
+    """Tell whether an error only wraps a config's own message in a report of several lines."""
+    return type(error).__name__.startswith("StrictDataclass") and error.__cause__ is not None
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all subcommands."""
+    parser = argparse.ArgumentParser(prog="glm-hf", description="GLM-130B in Hugging Face transformers.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    add_convert(commands)
+    add_fill(commands)
+    add_export_hub(commands)
+    return parser
+
+
+def add_command(commands: Any, name: str, run: Callable[[argparse.Namespace], None], text: str) -> Any:
+    """Add a subcommand with its one-sentence help."""
+    command = commands.add_parser(name, help=text, description=text)
+    command.set_defaults(run=run)
+    return command
+
+
+def add_convert(commands: Any) -> None:
+    """Add `convert`."""
+    command = add_command(commands, "convert", convert, "Convert a checkpoint as its authors released it.")
+    command.add_argument("src", help="folder with `latest` and the mp_rank_*_model_states.pt files below it")
+    command.add_argument("dst", help="new folder for the Hugging Face model")
+    command.add_argument("--tokenizer", metavar="FILE", help="SentencePiece model, such as icetk's ice_text.model")
+    command.add_argument(
+        "--config", metavar="JSON", help="what weights cannot tell, if not GLM-130B's: special ids, heads"
+    )
+    command.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), help="instead of the checkpoint's own")
+    command.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest output file (default: 5GB)")
+
+
+def convert(options: argparse.Namespace) -> None:
+    """Run `convert`."""
+    from glm_hf.conversion import convert_sat_checkpoint
+
+    convert_sat_checkpoint(
+        options.src,
+        options.dst,
+        config=options.config,
+        tokenizer=options.tokenizer,
+        dtype=options.dtype,
+        max_shard_size=options.max_shard_size,
+    )
+    print(options.dst)
+
+
+def add_fill(commands: Any) -> None:
+    """Add `fill`."""
+    command = add_command(commands, "fill", fill, "Fill the blanks of texts, or continue texts without a blank.")
+    command.add_argument("model", help="folder or Hub name of a converted model")
+    command.add_argument("text", nargs="*", help="text with [MASK] or [gMASK]; without any, lines are read from stdin")
+    command.add_argument("--top-k", type=positive, default=1, metavar="K", help="proposals per blank (default: 1)")
+    command.add_argument("--num-beams", type=positive, default=1, metavar="N", help="beams, at least K (default: 1)")
+    command.add_argument("--max-new-tokens", type=positive, default=64, metavar="N", help="per blank (default: 64)")
+    command.add_argument("--json", action="store_true", help="print one JSON object per text, with scores")
+
+
+def positive(text: str) -> int:
+    """Parse an integer of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return number
+
+
+def fill(options: argparse.Namespace) -> None:
+    """Run `fill`."""
+    from transformers import pipeline
+
+    if not Path(options.model).is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", options.model):
+        raise FileNotFoundError(f"there is no folder {options.model}, and it is not a Hub name (owner/name)")
+    import glm_hf  # noqa: F401, registers model and pipeline
+
+    fill_mask = pipeline("fill-mask", model=options.model, dtype="auto", device_map="auto")
+    settings = {"top_k": options.top_k, "num_beams": options.num_beams, "max_new_tokens": options.max_new_tokens}
+    lines = options.text or (line.rstrip("\r\n") for line in sys.stdin)
+    for numbered in batched(enumerate(lines, 1), BATCH_OF_LINES):
+        texts = [text for _, text in numbered]
+        check_texts(fill_mask, numbered)
+        results = fill_mask(texts, batch_size=len(texts), **settings)
+        for text, blanks in zip(texts, results if len(texts) > 1 else [results], strict=True):
+            print(describe(text, blanks if isinstance(blanks[0], list) else [blanks], options), flush=True)
+
+
+def check_texts(fill_mask: Any, numbered: list[tuple[int, str]]) -> None:
+    """Raise ValueError with the number of the first text that cannot be filled."""
+    for number, text in numbered:
+        try:
+            fill_mask.preprocess(text)
+        except ValueError as error:
+            raise ValueError(f"text {number}: {error}") from error
+
+
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Yield lists of up to `size` items."""
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch
+
+
+def describe(text: str, blanks: list[list[dict[str, Any]]], options: argparse.Namespace) -> str:
+    """Return what `fill` prints for one text: JSON, the filled text, or the proposals for every blank."""
+    filled = blanks[-1][0]["sequence"]
+    if options.json:
+        return json.dumps({"text": text, "filled": filled, "blanks": blanks}, ensure_ascii=False)
+    if options.top_k == 1:
+        return filled
+    rows = [f"{proposal['score']:.4f}  {proposal['sequence']}" for proposals in blanks for proposal in proposals]
+    return "\n".join(rows)
+
+
+def add_export_hub(commands: Any) -> None:
+    """Add `export-hub`."""
+    command = add_command(
+        commands, "export-hub", export_hub, "Make a folder that loads without glm_hf being installed."
+    )
+    command.add_argument("src", help="folder of a model with its tokenizer")
+    command.add_argument("dst", help="new folder")
+    command.add_argument("--push-to", metavar="REPO", help="upload it to this Hub repository, owner/name")
+
+
+def export_hub(options: argparse.Namespace) -> None:
+    """Run `export-hub`."""
+    from glm_hf.hub_glm import export_hub_folder
+
+    export_hub_folder(options.src, options.dst, push_to=options.push_to)
+    print(options.dst)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
