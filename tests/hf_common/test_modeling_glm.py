@@ -50,6 +50,7 @@ class GLMModelTester:
     hidden_size = 32
     num_hidden_layers = 2
     num_attention_heads = 4
+    rope_dtype = "float16"
     is_training = True
 
     def get_config(self) -> GLMConfig:
@@ -60,6 +61,7 @@ class GLMModelTester:
             num_attention_heads=self.num_attention_heads,
             intermediate_size=40,
             max_position_embeddings=128,
+            rope_dtype=self.rope_dtype,
             eos_token_id=92,
             mask_token_id=93,
             gmask_token_id=94,
@@ -131,6 +133,16 @@ class GLMModelTest(
         self.model_tester.vocab_size = GLMConfig.vocab_size
         super().test_model_forward_default_config_values()
 
+    def test_model_rope_scaling_from_config_0_linear(self) -> None:
+        """Take fp32 angles, without which scaled positions are refused."""
+        self.model_tester.rope_dtype = "float32"
+        super().test_model_rope_scaling_from_config_0_linear()
+
+    def test_model_rope_scaling_from_config_2_yarn(self) -> None:
+        """Take fp32 angles, as above."""
+        self.model_tester.rope_dtype = "float32"
+        super().test_model_rope_scaling_from_config_2_yarn()
+
     def test_model_rope_scaling_from_config_1_dynamic(self) -> None:
         """Expect an error: keys in the cache would be rotated for another length than the query."""
         with pytest.raises(StrictDataclassClassValidationError, match="rope_type must be one of"):
@@ -140,20 +152,19 @@ class GLMModelTest(
         """
         Check the frequencies of the static types by transformers' own criteria.
 
-        The original also asks for `dynamic`, which is refused, and scales by 10; frequencies are rounded to fp16,
-        which is exact under scaling only by a power of two.
+        The original also asks for `dynamic`, which is refused.
         """
 
         def tables(**rope_parameters: Any) -> torch.Tensor:
+            self.model_tester.rope_dtype = "float32"
             config = self.model_tester.get_config()
-            config.rope_dtype = "float32"
             config.rope_parameters = {"rope_theta": 10000.0, **rope_parameters}
             return torch.cat(GLMRotaryEmbedding(config)(torch.zeros(1), torch.arange(192)[None]), dim=-1)
 
         default = tables(rope_type="default")
-        linear = tables(rope_type="linear", factor=8.0)
-        yarn = tables(rope_type="yarn", factor=8.0)
-        torch.testing.assert_close(linear[:, ::8], default[:, :24])
+        linear = tables(rope_type="linear", factor=10.0)
+        yarn = tables(rope_type="yarn", factor=10.0)
+        torch.testing.assert_close(linear[:, ::10], default[:, :20])
         for scaled in (linear, yarn):
             assert not torch.allclose(scaled[:, :10], default[:, :10])
             assert not torch.allclose(scaled, default)
