@@ -4,6 +4,7 @@ Registered for the tasks of these names by `import glm_hf`; models of other kind
 """
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,6 +40,8 @@ class BlankInfillingPipeline(FillMaskPipeline):
 
     def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(model, *args, **kwargs)
+        masks = (self.tokenizer.mask_token, self.tokenizer.smask_token, self.tokenizer.gmask_token)
+        self.mask_pattern = re.compile(f"({'|'.join(map(re.escape, masks))})")
         self.infiller = model.as_blank_infilling() if isinstance(model, GLMForMaskedLM) else model
 
     def _sanitize_parameters(
@@ -68,29 +71,33 @@ class BlankInfillingPipeline(FillMaskPipeline):
     def preprocess(self, inputs: str, tokenizer_kwargs: dict[str, Any] | None = None, **_: Any) -> dict[str, Any]:
         """Encode a text and check that it can be filled."""
         encoded = self.tokenizer(inputs, return_tensors="pt", **(tokenizer_kwargs or {}))
-        prepare_context(encoded["input_ids"][0].tolist(), self.model.config)
-        return encoded
+        ids = encoded["input_ids"][0].tolist()
+        prepare_context(ids, self.model.config)
+        num_masks = len(self.mask_pattern.findall(inputs))
+        if num_masks != sum(token_id in mask_token_ids(self.model.config) for token_id in ids):
+            raise ValueError(f"tokenizer_kwargs must keep all {num_masks} masks of the text")
+        return {**encoded, "text": inputs}
 
     def _forward(
         self,
-        model_inputs: dict[str, torch.Tensor],
+        model_inputs: dict[str, Any],
         top_k: int = 5,
         targets: list[list[int]] | None = None,
         **generate_kwargs: Any,
     ) -> dict[str, Any]:
-        """Return for every text of the batch its rounds: the context before each filling, and the proposals."""
+        """Return for every text of the batch the proposals for each of its blanks."""
         config = self.model.config
         texts = unpad(model_inputs["input_ids"], model_inputs.get("attention_mask"))
         contexts = [prepare_context(text, config) for text in texts]
         num_masks = [sum(token_id in mask_token_ids(config) for token_id in context) for context in contexts]
-        rounds: list[list[tuple[list[int], list[Blank]]]] = [[] for _ in texts]
+        blanks: list[list[list[Blank]]] = [[] for _ in texts]
         for number in range(max(num_masks)):
             rows = [row for row, count in enumerate(num_masks) if number < count]
             proposed = self._propose([contexts[row] for row in rows], top_k, targets, generate_kwargs)
             for row, proposals in zip(rows, proposed, strict=True):
-                rounds[row].append((contexts[row], proposals))
+                blanks[row].append(proposals)
                 contexts[row] = splice_blank(contexts[row], proposals[0].ids, config)
-        return {"rounds": rounds, "text": texts}
+        return {"blanks": blanks, "text": model_inputs["text"]}
 
     def _propose(
         self,
@@ -114,26 +121,33 @@ class BlankInfillingPipeline(FillMaskPipeline):
         return proposed
 
     def postprocess(self, model_outputs: dict[str, Any], **_: Any) -> list[Any]:
-        """Decode the proposals of one text."""
-        rounds, text = (model_outputs[key] for key in ("rounds", "text"))
-        if text and isinstance(text[0], list):  # not batched: still a batch of one
-            rounds, text = rounds[0], text[0]
-        eos = self.model.config.eos_token_id
+        """Decode the proposals for one text, whose own characters are kept as they are."""
+        blanks, text = (model_outputs[key] for key in ("blanks", "text"))
+        if isinstance(blanks[0][0], list):  # not batched: still a batch of one
+            blanks = blanks[0]
+        parts = self.mask_pattern.split(text)  # texts between masks and masks by turns
+        if len(parts) == 1:
+            prompt = self.tokenizer(text)["input_ids"]
+            return [
+                self._describe(blank, text + continuation(self.tokenizer, prompt, blank.ids)) for blank in blanks[0]
+            ]
         results = []
-        for context, proposals in rounds:
-            if context[-1] == eos and text[-1] != eos:
-                context = context[:-1]
-            results.append([self._describe(context, blank, is_only_mask=len(rounds) == 1) for blank in proposals])
+        for number, proposals in enumerate(blanks):
+            before, after = "".join(parts[: 2 * number + 1]), "".join(parts[2 * number + 2 :])
+            answers = [self.tokenizer.decode(blank.ids) for blank in proposals]
+            results.append(
+                [self._describe(b, before + answer + after) for b, answer in zip(proposals, answers, strict=True)]
+            )
+            parts[2 * number + 1] = answers[0]
         return results[0] if len(results) == 1 else results
 
-    def _describe(self, context: list[int], blank: Blank, is_only_mask: bool) -> dict[str, Any]:
+    def _describe(self, blank: Blank, sequence: str) -> dict[str, Any]:
         """Return one result in the format of `FillMaskPipeline`."""
-        sequence = splice_blank(context, blank.ids, self.model.config)
         return {
             "score": math.exp(blank.score),
             "token": blank.ids[0] if len(blank.ids) == 1 else blank.ids,
             "token_str": self.tokenizer.decode(blank.ids),
-            "sequence": self.tokenizer.decode(sequence, skip_special_tokens=is_only_mask),
+            "sequence": sequence,
         }
 
 
@@ -168,17 +182,20 @@ class GLMTextGenerationPipeline(TextGenerationPipeline):
         records = super().postprocess(model_outputs, return_type=return_type, **kwargs)
         if return_type == ReturnType.TENSORS or not isinstance(model_outputs["prompt_text"], str):
             return records
-        special = set(self.tokenizer.all_special_ids)
         length = model_outputs["input_ids"].shape[-1]
         for record, ids in zip(records, model_outputs["generated_sequence"][0].tolist(), strict=True):
-            prompt, whole = (
-                self.tokenizer.decode([token_id for token_id in part if token_id not in special])
-                for part in (ids[:length], ids)
-            )
-            answer = whole.removeprefix(prompt)
+            answer = continuation(self.tokenizer, ids[:length], ids[length:])
             is_full = return_type == ReturnType.FULL_TEXT
             record["generated_text"] = model_outputs["prompt_text"] + answer if is_full else answer
         return records
+
+
+def continuation(tokenizer: Any, prompt: list[int], ids: list[int]) -> str:
+    """Decode ids as what follows a prompt, the blank between them included and special ids left out."""
+    special = set(tokenizer.all_special_ids)
+    start = [token_id for token_id in prompt if token_id not in special]
+    whole = start + [token_id for token_id in ids if token_id not in special]
+    return tokenizer.decode(whole).removeprefix(tokenizer.decode(start))
 
 
 def register_pipelines() -> None:

@@ -1,4 +1,5 @@
 import math
+import re
 
 import pytest
 import torch
@@ -68,6 +69,19 @@ def test_score_is_the_probability_of_the_whole_blank(fill, infilling):
 def test_blank_of_several_tokens_is_a_list(fill):
     lengths = {len(r["token"]) if isinstance(r["token"], list) else 1 for r in fill(ONE, top_k=8, **OPTIONS)}
     assert lengths - {1}
+
+
+@pytest.mark.parametrize(
+    "text", [ONE, "the people,  [MASK]!", "People\n[MASK]\tyear", "天地[MASK]。", "a </s> [sMASK]b"]
+)
+def test_sequence_keeps_the_text_to_the_letter(fill, text):
+    for result in fill(text, top_k=2, **OPTIONS):
+        assert result["sequence"] == re.sub(r"\[s?MASK\]", lambda _, r=result: r["token_str"], text)
+
+
+def test_truncation_that_drops_a_mask_is_refused(fill):
+    with pytest.raises(ValueError, match="must keep all 1 masks"):
+        fill("the people time [MASK]", tokenizer_kwargs={"truncation": True, "max_length": 3})
 
 
 def test_one_proposal_is_still_a_list(fill):

@@ -1,0 +1,144 @@
+import io
+import json
+
+import pytest
+import torch
+from golden import DATA, golden_config
+from transformers import AutoModelForCausalLM, pipeline
+
+from glm_hf.cli import main
+
+TEXT = "the people [MASK] the time"
+TWO = "the [MASK] people have [MASK] time"
+
+
+@pytest.fixture
+def run(capsys):
+    def run_command(*arguments):
+        code = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run_command
+
+
+def last_line(text):
+    return text.strip().splitlines()[-1]
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    golden_config("cfg1").to_json_file(tmp_path / "config.json")
+    return tmp_path / "config.json"
+
+
+def test_fill_prints_each_text_filled(run, model_folder):
+    code, out, _ = run("fill", model_folder, TEXT, "the work of", "--max-new-tokens", 4)
+    fill = pipeline("fill-mask", model=str(model_folder))
+    expected = [fill(text, top_k=1, max_new_tokens=4)[0]["sequence"] for text in (TEXT, "the work of")]
+    assert (code, out.splitlines()) == (0, expected)
+
+
+def test_fill_reads_lines_from_stdin(run, model_folder, monkeypatch):
+    lines = [TEXT, TWO] * 5
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))
+    code, out, _ = run("fill", model_folder, "--max-new-tokens", 3)
+    assert code == 0
+    assert len(out.splitlines()) == 10
+    assert out.splitlines()[:2] * 5 == out.splitlines()
+
+
+def test_fill_prints_proposals_with_probabilities(run, model_folder):
+    code, out, _ = run("fill", model_folder, TEXT, "--top-k", 3, "--max-new-tokens", 3)
+    assert code == 0
+    assert len(out.splitlines()) == 3
+    scores = [float(line.split()[0]) for line in out.splitlines()]
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_fill_prints_json(run, model_folder):
+    code, out, _ = run("fill", model_folder, TEXT, TWO, "--json", "--num-beams", 2, "--max-new-tokens", 3)
+    one, two = map(json.loads, out.splitlines())
+    assert code == 0
+    assert (one["text"], two["text"]) == (TEXT, TWO)
+    assert [len(one["blanks"]), len(two["blanks"])] == [1, 2]
+    assert "[MASK]" not in one["filled"] + two["filled"]
+    assert one["blanks"][0][0].keys() == {"score", "token", "token_str", "sequence"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "text 2: the text is empty"),
+        ("[MASK]", "text 2: the text holds nothing but masks"),
+        ("a [MASK] b [gMASK]", "text 2: the text mixes"),
+        ("people " * 2100, "text 2: the text has"),
+    ],
+)
+def test_bad_text_is_one_line_with_its_number(run, model_folder, text, message):
+    code, out, err = run("fill", model_folder, TEXT, text)
+    assert (code, out) == (1, "")
+    assert last_line(err).startswith(f"glm-hf: error: {message}")
+
+
+def test_missing_model_is_one_line(run, tmp_path):
+    code, _, err = run("fill", tmp_path / "nothing", TEXT)
+    assert code == 1
+    assert err.startswith("glm-hf: error: there is no folder")
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["fill"], ["fill", "model", "text", "--top-k", "0"], ["unknown"], ["convert", "a"]]
+)
+def test_wrong_command_exits_with_two(arguments, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main(arguments)
+    assert exit_info.value.code == 2
+    assert "error:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [[], ["convert"], ["fill"], ["export-hub"]])
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main([*command, "--help"])
+    assert exit_info.value.code == 0
+    assert "usage: glm-hf" in capsys.readouterr().out
+
+
+def test_convert_makes_a_folder_that_loads(run, config_file, tmp_path):
+    code, out, _ = run(
+        "convert", DATA / "cfg1" / "sat_tp2", tmp_path / "model", "--config", config_file, "--dtype", "float32"
+    )
+    assert (code, out.strip()) == (0, str(tmp_path / "model"))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").dtype == torch.float32
+
+
+def test_convert_reports_what_is_wrong_and_writes_nothing(run, config_file, tmp_path):
+    code, _, err = run("convert", tmp_path / "sat", tmp_path / "model", "--config", config_file)
+    assert code == 1
+    assert err.startswith("glm-hf: error: ")
+    assert len(err.splitlines()) == 1
+    assert not (tmp_path / "model").exists()
+
+
+def test_convert_names_a_config_value_that_does_not_fit(run, tmp_path):
+    code, _, err = run("convert", DATA / "cfg1" / "sat_tp2", tmp_path / "model")
+    assert code == 1
+    assert len(err.splitlines()) == 1
+    assert "vocabulary" in err
+
+
+def test_export_hub_makes_a_folder(run, model_folder, tmp_path):
+    code, out, _ = run("export-hub", model_folder, tmp_path / "hub")
+    assert (code, out.strip()) == (0, str(tmp_path / "hub"))
+    assert (tmp_path / "hub" / "modeling_glm.py").is_file()
+    code, _, err = run("export-hub", model_folder, tmp_path / "hub")
+    assert code == 1
+    assert "exists already" in err
+
+
+def test_bug_keeps_its_traceback(model_folder, monkeypatch):
+    monkeypatch.setattr("transformers.pipeline", None)
+    with pytest.raises(TypeError):
+        main(["fill", str(model_folder), TEXT])
