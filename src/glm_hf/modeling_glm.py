@@ -144,6 +144,7 @@ class GLMAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         past_key_values: Cache | None = None,
         context_length: int | None = None,
+        drops_context: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attend from `(B, L, D)` to itself and the cache; arguments as in `GLMLayer.forward`."""
@@ -165,10 +166,11 @@ class GLMAttention(nn.Module):
         else:
             # The context needs no mask, so its rows reach the fused kernels; the mask holds the other rows only.
             context, rest = query.tensor_split([context_length], dim=2)
-            of_context = (states[:, :, :context_length] for states in (key, value))
-            output, probabilities = attend(self, context, *of_context, None, is_causal=False, **options)
-            output = torch.cat((output, attend(self, rest, key, value, attention_mask, **options)[0]), dim=1)
-        return self.dense(output.reshape(batch, length, -1)), probabilities
+            output, probabilities = attend(self, rest, key, value, attention_mask, **options)
+            if not drops_context:
+                of_context = (states[:, :, :context_length] for states in (context, key, value))
+                output = torch.cat((attend(self, *of_context, None, is_causal=False, **options)[0], output), dim=1)
+        return self.dense(output.flatten(2)), probabilities  # (B, L, H, K) -> (B, L, D)
 
 
 class GLUColwiseParallel(PackedColwiseParallel):
@@ -223,6 +225,7 @@ class GLMLayer(GradientCheckpointingLayer):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         past_key_values: Cache | None = None,
         context_length: int | None = None,
+        drops_context: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         """
@@ -235,15 +238,18 @@ class GLMLayer(GradientCheckpointingLayer):
             past_key_values: Cache, updated in place.
             context_length: If given, the first `context_length` tokens of every row see exactly each other, and
                 `attention_mask` holds the rows of the others.
+            drops_context: Whether to leave these first tokens out of the result; their keys and values are computed.
             **kwargs: Passed to the attention implementation.
 
         Returns:
-            `(B, L, D)`.
+            `(B, L, D)`, or `(B, L - context_length, D)` without the context.
         """
         normed = self.input_layernorm(hidden_states)
         output, _ = self.attention(
-            normed, attention_mask, position_embeddings, past_key_values, context_length=context_length, **kwargs
+            normed, attention_mask, position_embeddings, past_key_values, context_length, drops_context, **kwargs
         )
+        if drops_context:
+            normed = normed[:, context_length:]
         output = nn.functional.dropout(output, p=self.hidden_dropout, training=self.training)
         normed = self.post_attention_layernorm(torch.add(output, normed, alpha=self.alpha))
         output = nn.functional.dropout(self.mlp(normed), p=self.hidden_dropout, training=self.training)
@@ -320,6 +326,7 @@ class GLMModel(GLMPreTrainedModel):
         segment_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        num_outputs: int = 0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         """
@@ -339,6 +346,8 @@ class GLMModel(GLMPreTrainedModel):
                 token's sample, 0 on padding. Each sample sees only itself and has its own context and positions.
             inputs_embeds: `(B, L, D)` instead of `input_ids`.
             use_cache: Whether to return the cache.
+            num_outputs: How many tokens at the end have their states used, 0 for all. The last layer then leaves out
+                the context where that is possible, and `last_hidden_state` is shorter, but never than this.
             **kwargs: Passed to the attention implementation.
 
         Returns:
@@ -363,6 +372,7 @@ class GLMModel(GLMPreTrainedModel):
         )
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         hidden_states = inputs_embeds
+        drops_context = context_length is not None and 0 < num_outputs <= inputs_embeds.shape[1] - context_length
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
@@ -370,6 +380,7 @@ class GLMModel(GLMPreTrainedModel):
                 position_embeddings=position_embeddings,
                 past_key_values=past_key_values,
                 context_length=context_length,
+                drops_context=drops_context and layer is self.layers[-1],
                 **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
@@ -424,6 +435,8 @@ class GLMForBlankInfilling(GLMPreTrainedModel, GLMGenerationMixin):
         Returns:
             `logits` `(B, L, V)`, the mean `loss` when labels are given, and the cache.
         """
+        wants_all = kwargs.get("output_hidden_states", self.config.output_hidden_states)
+        num_outputs = logits_to_keep if isinstance(logits_to_keep, int) and not wants_all else 0
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -432,6 +445,7 @@ class GLMForBlankInfilling(GLMPreTrainedModel, GLMGenerationMixin):
             segment_ids=segment_ids,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            num_outputs=num_outputs,
             **kwargs,
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))

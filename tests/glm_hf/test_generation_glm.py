@@ -116,7 +116,8 @@ def test_decode_steps_without_padding_carry_no_mask(monkeypatch):
     MODEL.generate(torch.tensor([LONG]), max_new_tokens=4, min_new_tokens=4)
     lengths = [length for length, _ in seen]
     layers = CONFIG.num_hidden_layers
-    assert lengths == [len(LONG) - 1, 1] * layers + [1] * 3 * layers  # context and sop apart, then token by token
+    prefill = [1, len(LONG) - 1] * (layers - 1) + [1]  # sop and context apart; the last layer needs sop only
+    assert lengths == prefill + [1] * 3 * layers
     assert all(mask is None for _, mask in seen)
 
 

@@ -139,6 +139,24 @@ def test_steps_with_a_cache_equal_the_whole_row():
     torch.testing.assert_close(torch.cat(steps), whole, atol=NOISE, rtol=0)
 
 
+@pytest.mark.parametrize("kept", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize(
+    "row", [SHORT, [*LONG, 25, 26], [*CAUSAL, 34, 35, 36, 37, 38]], ids=["mask", "gmask", "causal"]
+)
+def test_logits_that_are_kept_are_those_of_all(row, kept):
+    torch.testing.assert_close(logits_of(row, logits_to_keep=kept), logits_of(row)[-kept:], atol=NOISE, rtol=0)
+
+
+def test_last_layer_leaves_out_the_context_when_its_output_is_not_used():
+    shapes = []
+    hook = MODEL.model.layers[-1].register_forward_hook(lambda module, args, output: shapes.append(output.shape[1]))
+    logits_of(SHORT, logits_to_keep=1)
+    logits_of(SHORT, logits_to_keep=1, output_hidden_states=True)
+    logits_of(SHORT)
+    hook.remove()
+    assert shapes == [3, 8, 8]
+
+
 def test_flex_attention_equals_sdpa_for_every_derived_mask():
     model = golden_model("cfg1", "flex_attention")
     with (
