@@ -4,9 +4,7 @@ The folder holds config.json, generation_config.json, safetensors shards with th
 written beside its destination under a hidden name and renamed at the end: it is there either whole or not at all.
 """
 
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from glm_hf.conversion.safetensors_writer import DTYPE_NAMES, plan_shards, write
 from glm_hf.conversion.sat_checkpoint import SatCheckpoint
 from glm_hf.conversion.shard_rules import REPLICATED, shard_rule
 from glm_hf.modeling_glm import GLMForBlankInfilling
+from glm_hf.new_folder import new_folder, require_vacant
 from glm_hf.tokenization_glm import GLMTokenizer
 
 
@@ -56,7 +55,7 @@ def convert_sat_checkpoint(
         OSError: If the disk has too little space.
     """
     dst = Path(dst).resolve()
-    _require_vacant(dst)
+    require_vacant(dst)
     checkpoint = SatCheckpoint(src)
     model_config = checkpoint_config(checkpoint, config)
     model_config.dtype = torch_dtype = _output_dtype(checkpoint, dtype)
@@ -70,7 +69,7 @@ def convert_sat_checkpoint(
     shards = plan_shards(tensors, max_shard_size)
 
     num_bytes = sum(tensor.nbytes for tensor in tensors.values())
-    with _new_folder(dst, num_bytes) as folder, _progress(num_bytes) as progress:
+    with new_folder(dst, num_bytes) as folder, _progress(num_bytes) as progress:
         read = _merging_reader(checkpoint, tensors, progress)
         for file, shard in shards.items():
             write_shard(folder / file, shard, read)
@@ -79,14 +78,6 @@ def convert_sat_checkpoint(
             loaded.save_pretrained(folder)
         model.generation_config.save_pretrained(folder)
         model_config.save_pretrained(folder)
-
-
-def _require_vacant(dst: Path) -> None:
-    """Raise unless `dst` is a path that a finished folder can be renamed to: a new one or an empty folder."""
-    if dst.is_mount():
-        raise ValueError(f"{dst} is a mount point and cannot be replaced; choose a folder in it")
-    if dst.is_file() or (dst.is_dir() and any(dst.iterdir())):
-        raise FileExistsError(f"{dst} exists already; choose another folder or remove it")
 
 
 def _output_dtype(checkpoint: SatCheckpoint, dtype: torch.dtype | str | None) -> torch.dtype:
@@ -173,23 +164,6 @@ def _merging_reader(checkpoint: SatCheckpoint, tensors: dict[str, Tensor], progr
         return out
 
     return read
-
-
-@contextmanager
-def _new_folder(dst: Path, num_bytes: int) -> Iterator[Path]:
-    """Yield a hidden folder beside `dst` that is renamed to `dst` at the end, or removed on an error."""
-    folder = dst.with_name(f".{dst.name}.partial")
-    if folder.exists():
-        raise FileExistsError(f"{folder} is left from an interrupted conversion; remove it and convert again")
-    free = shutil.disk_usage(next(parent for parent in folder.parents if parent.exists())).free
-    if free < num_bytes:
-        raise OSError(f"{dst.parent} needs {num_bytes:,} free bytes, but has {free:,}; free some space")
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-        folder.rename(dst)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _progress(num_bytes: int) -> tqdm:

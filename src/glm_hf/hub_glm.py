@@ -10,8 +10,6 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from tqdm import tqdm
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from .configuration_glm import GLMConfig
+from .new_folder import new_folder, require_vacant
 
 AUTO_MAP = {
     "AutoConfig": "configuration_glm.GLMConfig",
@@ -141,10 +140,10 @@ def export_hub_folder(src: str | Path, dst: str | Path, *, push_to: str | None =
     weights = _weight_files(src)
     num_parameters = sum(map(_num_parameters, weights))
     card = _model_card(config, push_to or dst.name, num_parameters, sum(path.stat().st_size for path in weights))
-    _require_vacant(dst)
+    require_vacant(dst)
     if push_to is not None:
         HfApi().create_repo(push_to, exist_ok=True)  # first, so that a missing login costs no time
-    with _new_folder(dst) as folder:
+    with new_folder(dst) as folder:
         (folder / "README.md").write_text(card, encoding="utf-8")
         _write_json(folder / "config.json", config | {"auto_map": AUTO_MAP})
         tokenizer_config = _read_json(src / "tokenizer_config.json")
@@ -256,26 +255,6 @@ def _link_or_copy(weights: list[Path], folder: Path) -> None:
             (folder / path.name).unlink(missing_ok=True)
             shutil.copyfile(path, folder / path.name)
             progress.update(path.stat().st_size)
-
-
-def _require_vacant(dst: Path) -> None:
-    """Raise FileExistsError if `dst` is a file or a folder that is not empty."""
-    if dst.is_file() or (dst.is_dir() and any(dst.iterdir())):
-        raise FileExistsError(f"{dst} exists already; choose another folder or remove it")
-
-
-@contextmanager
-def _new_folder(dst: Path) -> Iterator[Path]:
-    """Yield a hidden folder beside `dst` that is renamed to `dst` at the end, or removed on an error."""
-    folder = dst.with_name(f".{dst.name}.partial")
-    if folder.exists():
-        raise FileExistsError(f"{folder} is left from an interrupted export; remove it and export again")
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-        folder.rename(dst)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -350,12 +350,12 @@ def test_mount_point_in_place_of_the_folder(golden_special_ids):
 
 def test_remains_of_an_interrupted_conversion(refuse, tmp_path):
     (tmp_path / ".hf.partial").mkdir()
-    refuse(DATA / "cfg1/sat_tp1", r"\.hf\.partial is left from an interrupted conversion; remove it", FileExistsError)
+    refuse(DATA / "cfg1/sat_tp1", r"\.hf\.partial is left from an interrupted run; remove it", FileExistsError)
 
 
 def test_disk_with_too_little_space(refuse, monkeypatch):
     usage = shutil.disk_usage("/")._replace(free=1000)
-    monkeypatch.setattr(convert.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     refuse(DATA / "cfg1/sat_tp1", r"needs 327,360 free bytes, but has 1,000; free some space", OSError)
 
 

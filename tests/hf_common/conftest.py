@@ -1,11 +1,9 @@
-"""Settings of transformers' own tests, which run only when their file is named: they need `fetch.py` first."""
+"""Settings of transformers' own tests, which need `fetch.py` first and run only when their file is named."""
 
 import sys
 from pathlib import Path
 
 import pytest
-
-collect_ignore = ["test_modeling_glm.py"]
 
 MARKERS = (
     "accelerate_tests",

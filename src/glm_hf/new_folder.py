@@ -1,0 +1,47 @@
+"""Folders that appear whole or not at all: written beside their destination, renamed at the end."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def require_vacant(dst: Path) -> None:
+    """
+    Check that a finished folder can be renamed to `dst`: a new path or an empty folder.
+
+    Raises:
+        FileExistsError: If `dst` is a file or holds something.
+        ValueError: If `dst` is a mount point.
+    """
+    if dst.is_mount():
+        raise ValueError(f"{dst} is a mount point and cannot be replaced; choose a folder in it")
+    if dst.is_file() or (dst.is_dir() and any(dst.iterdir())):
+        raise FileExistsError(f"{dst} exists already; choose another folder or remove it")
+
+
+@contextmanager
+def new_folder(dst: Path, num_bytes: int = 0) -> Iterator[Path]:
+    """
+    Yield a hidden folder beside `dst` that is renamed to `dst` at the end, or removed on an error.
+
+    Args:
+        dst: Vacant destination; missing parents are made.
+        num_bytes: Space that the folder will take.
+
+    Raises:
+        FileExistsError: If a hidden folder is left from an earlier run that was killed.
+        OSError: If the disk has less than `num_bytes` free.
+    """
+    folder = dst.with_name(f".{dst.name}.partial")
+    if folder.exists():
+        raise FileExistsError(f"{folder} is left from an interrupted run; remove it and start again")
+    free = shutil.disk_usage(next(parent for parent in folder.parents if parent.exists())).free
+    if free < num_bytes:
+        raise OSError(f"{dst.parent} needs {num_bytes:,} free bytes, but has {free:,}; free some space")
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+        folder.rename(dst)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
