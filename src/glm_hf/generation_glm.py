@@ -58,6 +58,16 @@ class GLMGenerationMixin(GenerationMixin):
             raise ValueError("prefill_chunk_size would hide later context from earlier; leave it unset")
         return super().generate(inputs, generation_config, **kwargs)
 
+    def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
+        """Load the generation config of a folder; one made from the model's config would lack `eop`."""
+        super().adjust_generation_fn(*args, **kwargs)
+        if self.generation_config._from_model_config:
+            self.stop_at_end_of_blank()
+
+    def stop_at_end_of_blank(self) -> None:
+        """Make `generate` end a row at `eop` and at `</s>`."""
+        self.generation_config.eos_token_id = [self.config.eop_token_id, self.config.eos_token_id]
+
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refuse continuous batching, whose masks are causal and would give other answers."""
         raise ValueError(

@@ -399,7 +399,7 @@ class GLMForBlankInfilling(GLMPreTrainedModel, GLMGenerationMixin):
         self.model = GLMModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.loss_type = "ForCausalLM"
-        self.generation_config.eos_token_id = [config.eop_token_id, config.eos_token_id]
+        self.stop_at_end_of_blank()
         self.post_init()
 
     @can_return_tuple

@@ -341,6 +341,19 @@ def test_auto_classes_load_what_was_saved(tmp_path):
     assert loaded.generation_config.eos_token_id == [CONFIG.eop_token_id, CONFIG.eos_token_id]
 
 
+def test_folder_without_generation_config_still_stops_at_eop(tmp_path):
+    MODEL.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").unlink()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.generation_config.eos_token_id == [CONFIG.eop_token_id, CONFIG.eos_token_id]
+
+
+def test_generation_config_of_a_folder_is_kept(tmp_path):
+    MODEL.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 7}')
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).generation_config.eos_token_id == 7
+
+
 def test_flash_attention_is_refused():
     with pytest.raises((ValueError, ImportError)):
         tiny_model().set_attn_implementation("flash_attention_2")
