@@ -26,7 +26,6 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, PackedColwiseParallel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, MaskedLMOutput
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
@@ -37,54 +36,7 @@ from .configuration_glm import GLMConfig
 from .generation_glm import GLMGenerationMixin
 from .infilling_glm import masked_lm_layout
 from .masking_glm import Mask, infilling_attention, is_padding_mask
-
-
-class GLMRotaryEmbedding(nn.Module):
-    """
-    Compute rotary cosines and sines, rounded as the released model rounds them.
-
-    It keeps no buffer: the few operations cost nothing, and nothing is lost on the meta device or in a cast of the
-    model. Frequencies are rounded to fp16; with `rope_dtype="float16"` so are angles, cosines and sines.
-    """
-
-    def __init__(self, config: GLMConfig) -> None:
-        super().__init__()
-        config.validate_architecture()  # rope_parameters may have been assigned after the config was made
-        self.config = config
-        self.rope_dtype = getattr(torch, config.rope_dtype)
-
-    def inverse_frequencies(self, device: torch.device) -> tuple[torch.Tensor, float]:
-        """Return `(K/2,)` inverse frequencies, rounded to fp16 as released, and the factor on cosines and sines."""
-        rope = dict(self.config.rope_parameters or {})
-        exponents = torch.arange(0, self.config.head_dim, 2, dtype=torch.float, device=device) / self.config.head_dim
-        exact = 1.0 / rope["rope_theta"] ** exponents
-        rounded = exact.to(torch.float16).float()
-        if rope["rope_type"] == "default":
-            return rounded, 1.0
-        scaled, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](self.config, device)
-        return rounded * (scaled / exact), factor
-
-    @torch.no_grad()
-    def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return for `position_ids` `(B, L)` what `apply_rotary` takes, in the dtype of the hidden states."""
-        frequencies, factor = self.inverse_frequencies(position_ids.device)
-        angles = position_ids[..., None].to(self.rope_dtype) * frequencies.to(self.rope_dtype)  # (B, L, K/2)
-        cos, sin = angles.cos() * factor, angles.sin() * factor
-        dtype = hidden_states.dtype
-        return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)  # 2 x (B, L, K)
-
-
-def apply_rotary(states: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor) -> torch.Tensor:
-    """
-    Rotate each pair of dimensions `i` and `i + K/2` of `states` `(..., K)`.
-
-    Args:
-        states: Queries or keys.
-        cos: Cosines `(..., K)`, the same in both halves.
-        signed_sin: Sines `(..., K)`, negated in the first half.
-    """
-    first, second = states.chunk(2, dim=-1)
-    return torch.addcmul(states * cos, torch.cat((second, first), dim=-1), signed_sin)
+from .rotary_glm import GLMRotaryEmbedding, apply_rotary
 
 
 def eager_attention_forward(
@@ -283,6 +235,8 @@ class GLMPreTrainedModel(PreTrainedModel):
         shrink = (2 * self.config.num_hidden_layers) ** -0.5
         if isinstance(module, nn.Embedding):
             init.xavier_normal_(module.weight)
+        elif isinstance(module, GLMRotaryEmbedding):
+            init.copy_(module.frequency_bits, module.compute_frequency_bits())
         elif isinstance(module, GLMMLP):
             std = shrink * xavier_std(hidden, inner)
             init.normal_(module.dense_h_to_4h.weight, std=std)

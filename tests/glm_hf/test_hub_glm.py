@@ -246,7 +246,7 @@ def test_the_folder_is_flat_and_holds_what_a_model_needs_only(source, exported):
     files = contents(exported)
     code = {
         f"{part}_glm.py"
-        for part in ("configuration", "generation", "infilling", "masking", "modeling", "tokenization")
+        for part in ("configuration", "generation", "infilling", "masking", "modeling", "rotary", "tokenization")
     }
     assert files.keys() == contents(source).keys() - TRAINING_STATE | code | {"README.md"}
     for name in code:

@@ -8,7 +8,6 @@ from golden import CONFIGS, TOLERANCE, golden_arrays, golden_model
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, DynamicCache
 
 from glm_hf import GLMConfig, GLMForBlankInfilling, GLMForMaskedLM, GLMModel
-from glm_hf.modeling_glm import GLMRotaryEmbedding
 
 MODEL = golden_model("cfg1")
 CONFIG = MODEL.config
@@ -252,34 +251,6 @@ def test_weights_start_as_deepnorm_prescribes():
     ]:
         assert actual.std().item() == pytest.approx(expected, rel=0.03)
     assert all(not parameter.any() for name, parameter in layer.named_parameters() if name.endswith("bias"))
-
-
-def test_rotary_angles_survive_a_cast_of_the_model():
-    ids, positions = torch.tensor([SHORT]), torch.arange(2030, 2038)[None]
-    cast = tiny_model().bfloat16().float()
-    cast.load_state_dict(MODEL.state_dict())
-    with torch.no_grad():
-        torch.testing.assert_close(
-            cast(ids, position_ids=positions).logits, MODEL(ids, position_ids=positions).logits, atol=NOISE, rtol=0
-        )
-
-
-def test_linear_scaling_stretches_positions():
-    rotary = GLMRotaryEmbedding(GLMConfig(rope_dtype="float32"))
-    rope = {"rope_type": "linear", "rope_theta": 1e4, "factor": 10.0}
-    stretched = GLMRotaryEmbedding(GLMConfig(rope_dtype="float32", rope_parameters=rope))
-    positions = torch.arange(0, 2048)[None]
-    for plain, scaled in zip(
-        rotary(torch.zeros(1), positions), stretched(torch.zeros(1), 10 * positions), strict=True
-    ):
-        torch.testing.assert_close(scaled, plain, atol=1e-3, rtol=0)  # angles up to 2047 in fp32
-
-
-def test_rotary_type_assigned_later_is_checked_too():
-    config = GLMConfig(**CONFIG.to_dict())
-    config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
-    with pytest.raises(ValueError, match="rope_type must be one of"):
-        GLMModel(config)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -24,7 +24,8 @@ from transformers_tests.test_tensor_parallel_mixin import TensorParallelTesterMi
 from transformers_tests.test_training_mixin import TrainingTesterMixin
 
 from glm_hf import GLMConfig, GLMForBlankInfilling, GLMForMaskedLM, GLMModel
-from glm_hf.modeling_glm import GLMPreTrainedModel, GLMRotaryEmbedding
+from glm_hf.modeling_glm import GLMPreTrainedModel
+from glm_hf.rotary_glm import GLMRotaryEmbedding
 
 # The tests tell heads from base models by class names in transformers' own tables.
 for table, model_class in {
