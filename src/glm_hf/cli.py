@@ -5,18 +5,17 @@ the reason in one line, and 2 if the command itself is wrong.
 """
 
 import argparse
+import io
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from glm_hf._version import __version__
 
-T = TypeVar("T")
-BATCH_OF_LINES = 8  # texts from stdin that are filled together
+TEXTS_AT_ONCE = 8
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,8 +42,9 @@ def fail(reason: str) -> int:
 def expected_errors() -> tuple[type[Exception], ...]:
     """Return the errors that are the input's fault or the machine's; any other is a bug and keeps its traceback."""
     from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
 
-    return ValueError, OSError, StrictDataclassError, MemoryError
+    return ValueError, OSError, StrictDataclassError, SafetensorError, MemoryError
 
 
 def is_wrapper(error: Exception) -> bool:
@@ -110,10 +110,10 @@ def add_fill(commands: Any) -> None:
 
 
 def positive(text: str) -> int:
-    """Parse an integer of at least 1."""
+    """Parse an integer from 1 to 2048."""
     number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    if not 1 <= number <= 2048:
+        raise argparse.ArgumentTypeError(f"must be from 1 to 2048, got {text}")
     return number
 
 
@@ -127,29 +127,33 @@ def fill(options: argparse.Namespace) -> None:
 
     fill_mask = pipeline("fill-mask", model=options.model, dtype="auto", device_map="auto")
     settings = {"top_k": options.top_k, "num_beams": options.num_beams, "max_new_tokens": options.max_new_tokens}
-    lines = options.text or (line.rstrip("\r\n") for line in sys.stdin)
-    for numbered in batched(enumerate(lines, 1), BATCH_OF_LINES):
-        texts = [text for _, text in numbered]
-        check_texts(fill_mask, numbered)
-        results = fill_mask(texts, batch_size=len(texts), **settings)
-        for text, blanks in zip(texts, results if len(texts) > 1 else [results], strict=True):
+    group_size = 1 if not options.text and sys.stdin.isatty() else TEXTS_AT_ONCE
+
+    def fill_group(texts: list[str]) -> None:
+        results = fill_mask(texts, batch_size=len(texts), **settings) if texts else []
+        for text, blanks in zip(texts, [results] if len(texts) == 1 else results, strict=True):
             print(describe(text, blanks if isinstance(blanks[0], list) else [blanks], options), flush=True)
 
-
-def check_texts(fill_mask: Any, numbered: list[tuple[int, str]]) -> None:
-    """Raise ValueError with the number of the first text that cannot be filled."""
-    for number, text in numbered:
+    group: list[str] = []
+    for number, text in enumerate(options.text or read_lines(), 1):
         try:
             fill_mask.preprocess(text)
         except ValueError as error:
+            fill_group(group)  # what came before is not lost
             raise ValueError(f"text {number}: {error}") from error
+        group.append(text)
+        if len(group) == group_size:
+            fill_group(group)
+            group = []
+    fill_group(group)
 
 
-def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Yield lists of up to `size` items."""
-    iterator = iter(items)
-    while batch := list(islice(iterator, size)):
-        yield batch
+def read_lines() -> Iterator[str]:
+    """Yield the lines of stdin; UnicodeDecodeError if it is not UTF-8."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="strict")
+    for line in sys.stdin:
+        yield line.rstrip("\r\n")
 
 
 def describe(text: str, blanks: list[list[dict[str, Any]]], options: argparse.Namespace) -> str:

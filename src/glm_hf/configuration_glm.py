@@ -49,7 +49,7 @@ class GLMConfig(PreTrainedConfig):
     """
 
     model_type = "glm130b"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
     base_model_tp_plan: ClassVar[dict[str, Any] | None] = {
         "layers.*.attention.query_key_value": "colwise",
         "layers.*.attention.dense": "rowwise",

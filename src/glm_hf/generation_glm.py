@@ -11,12 +11,15 @@ import torch
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.masking_utils import create_masks_for_generate
+from transformers.utils import logging
 
 from .configuration_glm import GLMConfig
 from .infilling_glm import infilling_layout, mask_token_ids, prepare_context, splice_blank
 from .masking_glm import Mask, continued_positions, is_padding_mask
 
 DEFAULT_NEW_TOKENS = 128
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -95,10 +98,13 @@ class GLMGenerationMixin(GenerationMixin):
         """
         if is_first_iteration and past_key_values is not None:
             self._check_reused_cache(input_ids, past_key_values)
+        if is_first_iteration and not (input_ids == self.config.sop_token_id).any():
+            logger.warning_once("the prompt has no sop token and is read causally; fill_blanks adds what is missing")
         padding = attention_mask if is_padding_mask(attention_mask) else None
         if position_ids is None and inputs_embeds is not None:
-            length = inputs_embeds.shape[1] if is_first_iteration else input_ids.shape[1]
-            position_ids = continued_positions(padding, length, 0, input_ids.device)
+            past_length = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+            num_new = inputs_embeds.shape[1] if is_first_iteration else next_sequence_length or input_ids.shape[1]
+            position_ids = continued_positions(padding, num_new, past_length, input_ids.device)
         elif position_ids is None:
             position_ids = infilling_layout(input_ids, self.config, padding)[0]
         return super().prepare_inputs_for_generation(
@@ -159,9 +165,11 @@ class GLMGenerationMixin(GenerationMixin):
 
         Args:
             input_ids: `(B, L)` token ids, or a list of id lists of any lengths.
-            attention_mask: `(B, L)`, 1 or True on tokens, if `input_ids` is a padded tensor.
-            **generate_kwargs: For `generate`. `max_new_tokens` counts per blank (128 unless given) and is cut to what
-                the model's `max_position_embeddings` leaves.
+            attention_mask: `(B, L)`, 1 or True on tokens, if `input_ids` is a padded tensor; by default every token is
+                one but the pad token.
+            **generate_kwargs: For `generate`, which also heeds `generation_config`. `max_new_tokens` counts per blank
+                (128 unless given) and `max_length` per text and blank, without padding; both are cut to what the
+                model's `max_position_embeddings` leave. A blank always ends at `eop` and `</s>`.
 
         Returns:
             Sequences, blanks and scores. The logits of every step are kept to compute scores: `V` fp32 numbers each.
@@ -169,7 +177,7 @@ class GLMGenerationMixin(GenerationMixin):
         Raises:
             ValueError: If a text is empty, has only masks, mixes kinds of masks, contains `sop` or is too long.
         """
-        texts = unpad(input_ids, attention_mask)
+        texts = unpad(input_ids, attention_mask, self.config.pad_token_id)
         contexts = [prepare_context(text, self.config) for text in texts]
         num_masks = [sum(token_id in mask_token_ids(self.config) for token_id in context) for context in contexts]
         has_own_eos = [text[-1:] == [self.config.eos_token_id] for text in texts]
@@ -201,19 +209,46 @@ class GLMGenerationMixin(GenerationMixin):
             **generate_kwargs: As in `fill_blanks`.
         """
         rows = [[*context, self.config.sop_token_id] for context in contexts]
+        proposals: list[list[Blank]] = [[] for _ in rows]
+        num_new = [self._num_new_tokens(len(row), generate_kwargs) for row in rows]
+        for limit in sorted(set(num_new)):  # one batch, unless the context window cuts some answers short
+            group = [index for index, number in enumerate(num_new) if number == limit]
+            for index, blanks in zip(
+                group, self._propose([rows[index] for index in group], limit, generate_kwargs), strict=True
+            ):
+                proposals[index] = blanks
+        return proposals
+
+    def _num_new_tokens(self, length: int, generate_kwargs: dict[str, Any]) -> int:
+        """Return how many tokens may follow a row of `length`, by the caller, the generation config and the window."""
+        settings = generate_kwargs.get("generation_config") or self.generation_config
+        new, total = (generate_kwargs.get(name, getattr(settings, name)) for name in ("max_new_tokens", "max_length"))
+        if new is None:
+            new = DEFAULT_NEW_TOKENS if total is None else total - length
+        room = self.config.max_position_embeddings - length
+        if new < 1 or room < 1:
+            raise ValueError(
+                f"the text of {length} tokens must leave room for at least 1 new token, got max_new_tokens={new} and "
+                f"{room} left of the {self.config.max_position_embeddings} tokens of the model"
+            )
+        return min(new, room)
+
+    def _propose(self, rows: list[list[int]], num_new: int, generate_kwargs: dict[str, Any]) -> list[list[Blank]]:
+        """Generate at most `num_new` tokens behind rows that end in `sop`."""
         input_ids, attention_mask = self._pad_left(rows)
         length = input_ids.shape[1]
         end_ids = [self.config.eop_token_id, self.config.eos_token_id]
-        if "max_length" not in generate_kwargs:
-            room = max(self.config.max_position_embeddings - length, 1)
-            generate_kwargs["max_new_tokens"] = min(generate_kwargs.get("max_new_tokens") or DEFAULT_NEW_TOKENS, room)
+        settings = generate_kwargs.get("generation_config") or self.generation_config
+        options = {"suppress_tokens": settings.suppress_tokens, **generate_kwargs}
+        options.pop("max_length", None)
         outputs = self.generate(
             input_ids,
             attention_mask=attention_mask,
             **{
-                "pad_token_id": self.config.pad_token_id,
-                **suppress_blanks(generate_kwargs, self.config),
+                **suppress_blanks(options, self.config),
+                "max_new_tokens": num_new,
                 "eos_token_id": end_ids,
+                "pad_token_id": self.config.sop_token_id,  # suppressed, so never generated
                 "return_dict_in_generate": True,
                 "output_logits": True,
             },
@@ -221,12 +256,12 @@ class GLMGenerationMixin(GenerationMixin):
         log_probs = self.compute_transition_scores(
             outputs.sequences, outputs.logits, beam_indices=outputs.get("beam_indices"), normalize_logits=True
         )  # (B * num_return_sequences, new tokens)
-        proposals = [
-            read_blank(ids, scores, end_ids)
+        blanks = [
+            read_blank(ids, scores, end_ids, self.config.sop_token_id)
             for ids, scores in zip(outputs.sequences[:, length:].tolist(), log_probs.tolist(), strict=True)
         ]
-        count = len(proposals) // len(rows)
-        return [proposals[row * count : (row + 1) * count] for row in range(len(rows))]
+        count = len(blanks) // len(rows)
+        return [blanks[row * count : (row + 1) * count] for row in range(len(rows))]
 
     @torch.no_grad()
     def score_blanks(self, contexts: Sequence[Sequence[int]], blanks: Sequence[Sequence[int]]) -> list[float]:
@@ -240,6 +275,10 @@ class GLMGenerationMixin(GenerationMixin):
         starts = [[*context, self.config.sop_token_id] for context in contexts]
         targets = [[*blank, self.config.eop_token_id] for blank in blanks]
         rows = [[*start, *target] for start, target in zip(starts, targets, strict=True)]
+        if (length := max(map(len, rows))) > self.config.max_position_embeddings:
+            raise ValueError(
+                f"context and blank have {length} tokens, but the model takes {self.config.max_position_embeddings}"
+            )
         input_ids, attention_mask = self._pad_left(rows)
         longest = max(map(len, targets))
         logits = self(input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=longest + 1).logits
@@ -249,7 +288,10 @@ class GLMGenerationMixin(GenerationMixin):
 
     def _pad_left(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return ids and padding mask `(B, L)` on the device of the embedding."""
-        device = self.get_input_embeddings().weight.device
+        embedding = self.get_input_embeddings()
+        hook = getattr(embedding, "_hf_hook", None)  # of accelerate, where the weight is offloaded
+        device = getattr(hook, "execution_device", None)
+        device = embedding.weight.device if device is None else device
         length = max(map(len, rows))
         padded = [[self.config.pad_token_id] * (length - len(row)) + list(row) for row in rows]
         mask = [[0] * (length - len(row)) + [1] * len(row) for row in rows]
@@ -262,18 +304,21 @@ def suppress_blanks(generate_kwargs: dict[str, Any], config: GLMConfig) -> dict[
     return {**generate_kwargs, "suppress_tokens": sorted(suppressed)}
 
 
-def read_blank(ids: Sequence[int], log_probs: Sequence[float], end_ids: Sequence[int]) -> Blank:
-    """Cut generated ids at the first end token; the end token's log-probability counts."""
-    end = next((index for index, token_id in enumerate(ids) if token_id in end_ids), len(ids))
-    return Blank(ids=list(ids[:end]), score=sum(log_probs[: end + 1]))
+def read_blank(ids: Sequence[int], log_probs: Sequence[float], end_ids: Sequence[int], pad_id: int) -> Blank:
+    """Cut generated ids at the first end token, whose log-probability counts, or at padding, which does not."""
+    end = next((index for index, token_id in enumerate(ids) if token_id in (*end_ids, pad_id)), len(ids))
+    num_scored = end + (end < len(ids) and ids[end] != pad_id)
+    return Blank(ids=list(ids[:end]), score=sum(log_probs[:num_scored]))
 
 
-def unpad(input_ids: torch.Tensor | Iterable[Sequence[int]], attention_mask: torch.Tensor | None) -> list[list[int]]:
+def unpad(
+    input_ids: torch.Tensor | Iterable[Sequence[int]], attention_mask: torch.Tensor | None, pad_token_id: int
+) -> list[list[int]]:
     """Return the texts of a batch as id lists without padding."""
     if isinstance(input_ids, torch.Tensor):
         if input_ids.ndim != 2:
             raise ValueError(f"input_ids must be 2D (batch, length), got {tuple(input_ids.shape)}")
-        kept = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        kept = input_ids != pad_token_id if attention_mask is None else attention_mask
         return [ids[mask.bool()].tolist() for ids, mask in zip(input_ids, kept, strict=True)]
     if attention_mask is not None:
         raise ValueError("attention_mask belongs to a padded tensor; lists of ids have no padding")

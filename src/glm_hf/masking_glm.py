@@ -44,7 +44,8 @@ def infilling_attention(
         if the mask was reduced to the rows behind it.
 
     Raises:
-        ValueError: If `segment_ids` come together with an `attention_mask` or a filled cache.
+        ValueError: If `segment_ids` come together with an `attention_mask` or a filled cache, or a context, without
+            positions, with a filled cache.
     """
     is_ready = attention_mask is not None and not is_padding_mask(attention_mask)
     if is_ready and position_ids is not None:
@@ -58,6 +59,11 @@ def infilling_attention(
     length = inputs_embeds.shape[1]
     in_context = None
     if past_length:
+        if position_ids is None and brings_context(input_ids, config):
+            raise ValueError(
+                "tokens of a context came with a filled cache, whose tokens would not see them; pass position_ids "
+                "and a 4D attention_mask to say what they see"
+            )
         derived = continued_positions(attention_mask, length, past_length, inputs_embeds.device)
     else:
         if input_ids is None:
@@ -86,6 +92,13 @@ def infilling_attention(
         block_sequence_ids=blocks,
     )
     return mask, position_ids, None
+
+
+def brings_context(input_ids: torch.Tensor | None, config: GLMConfig) -> bool:
+    """Tell whether several new tokens `(B, L)` hold a `sop` behind others, as they do when a context is added."""
+    if input_ids is None or input_ids.shape[1] == 1 or is_tracing(input_ids) or input_ids.is_meta:
+        return False
+    return bool((input_ids[:, 1:] == config.sop_token_id).any())
 
 
 def is_padding_mask(attention_mask: Mask) -> TypeGuard[torch.Tensor]:

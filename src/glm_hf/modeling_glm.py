@@ -381,7 +381,8 @@ class GLMForBlankInfilling(GLMPreTrainedModel, GLMGenerationMixin):
             segment_ids: As in `GLMModel.forward`.
             inputs_embeds: As in `GLMModel.forward`.
             labels: `(B, L)` aligned with `input_ids` (the loss shifts them), -100 on the context, `sop` and padding.
-                `shift_labels`, already shifted, are taken instead when given.
+                `shift_labels`, what each token is to predict, are taken instead when given (`Trainer` passes them on
+                with `remove_unused_columns=False`; as a named argument here they would hide its evaluation loss).
             use_cache: Whether to return the cache.
             logits_to_keep: Compute logits of the last so many tokens only, 0 for all; or of the given indices.
             **kwargs: Passed to the attention implementation and the loss.

@@ -8,13 +8,14 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from transformers.pipelines import PIPELINE_REGISTRY, FillMaskPipeline, TextGenerationPipeline
 from transformers.pipelines.text_generation import ReturnType
 
+from .configuration_glm import GLMConfig
 from .generation_glm import Blank, suppress_blanks, unpad
 from .infilling_glm import mask_token_ids, prepare_context, splice_blank
-from .modeling_glm import GLMForMaskedLM, GLMPreTrainedModel
 
 
 class BlankInfillingPipeline(FillMaskPipeline):
@@ -34,7 +35,7 @@ class BlankInfillingPipeline(FillMaskPipeline):
 
     def __new__(cls, model: Any, *args: Any, **kwargs: Any) -> FillMaskPipeline:
         """Make transformers' own pipeline for models of other kinds."""
-        if not isinstance(model, GLMPreTrainedModel):
+        if not is_glm(model):
             return FillMaskPipeline(model, *args, **kwargs)
         return super().__new__(cls)
 
@@ -42,7 +43,12 @@ class BlankInfillingPipeline(FillMaskPipeline):
         super().__init__(model, *args, **kwargs)
         masks = (self.tokenizer.mask_token, self.tokenizer.smask_token, self.tokenizer.gmask_token)
         self.mask_pattern = re.compile(f"({'|'.join(map(re.escape, masks))})")
-        self.infiller = model.as_blank_infilling() if isinstance(model, GLMForMaskedLM) else model
+        self.infiller = model.as_blank_infilling() if hasattr(model, "as_blank_infilling") else model
+        if len(self.tokenizer) > model.config.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {len(self.tokenizer)} tokens, but the model's vocabulary has "
+                f"{model.config.vocab_size} rows; use the tokenizer that belongs to the model"
+            )
 
     def _sanitize_parameters(
         self,
@@ -66,6 +72,9 @@ class BlankInfillingPipeline(FillMaskPipeline):
         ids = [self.tokenizer(target, add_special_tokens=False)["input_ids"] for target in dict.fromkeys(targets)]
         if not ids or not all(ids):
             raise ValueError("targets must hold at least one text, and none of them may be empty")
+        special = set(self.tokenizer.all_special_ids)
+        if any(special.intersection(target) for target in ids):
+            raise ValueError("targets must be plain text, without special tokens such as [MASK]")
         return ids
 
     def preprocess(self, inputs: str, tokenizer_kwargs: dict[str, Any] | None = None, **_: Any) -> dict[str, Any]:
@@ -87,7 +96,7 @@ class BlankInfillingPipeline(FillMaskPipeline):
     ) -> dict[str, Any]:
         """Return for every text of the batch the proposals for each of its blanks."""
         config = self.model.config
-        texts = unpad(model_inputs["input_ids"], model_inputs.get("attention_mask"))
+        texts = unpad(model_inputs["input_ids"], model_inputs.get("attention_mask"), config.pad_token_id)
         contexts = [prepare_context(text, config) for text in texts]
         num_masks = [sum(token_id in mask_token_ids(config) for token_id in context) for context in contexts]
         blanks: list[list[list[Blank]]] = [[] for _ in texts]
@@ -112,12 +121,15 @@ class BlankInfillingPipeline(FillMaskPipeline):
             num_beams = max(top_k, generate_kwargs.get("num_beams", 1))
             if num_beams > 1 and not options.get("do_sample"):
                 options |= {"num_beams": num_beams, "length_penalty": 0.0}  # ranks by probability
-            return self.infiller.propose_blanks(contexts, **options)
+            return [
+                best_first(blanks, adds_up="length_penalty" in options)
+                for blanks in self.infiller.propose_blanks(contexts, **options)
+            ]
         proposed = []
         for context in contexts:
             scores = self.infiller.score_blanks([context] * len(targets), targets)
             blanks = [Blank(ids, score) for ids, score in zip(targets, scores, strict=True)]
-            proposed.append(sorted(blanks, key=lambda blank: blank.score, reverse=True)[:top_k])
+            proposed.append(best_first(blanks, adds_up=False)[:top_k])
         return proposed
 
     def postprocess(self, model_outputs: dict[str, Any], **_: Any) -> list[Any]:
@@ -156,7 +168,7 @@ class GLMTextGenerationPipeline(TextGenerationPipeline):
 
     def __new__(cls, model: Any, *args: Any, **kwargs: Any) -> TextGenerationPipeline:
         """Make transformers' own pipeline for models of other kinds."""
-        if not isinstance(model, GLMPreTrainedModel):
+        if not is_glm(model):
             return TextGenerationPipeline(model, *args, **kwargs)
         return super().__new__(cls)
 
@@ -165,8 +177,8 @@ class GLMTextGenerationPipeline(TextGenerationPipeline):
         inputs = super().preprocess(prompt_text, **kwargs)
         config = self.model.config
         ids = inputs["input_ids"][0].tolist()
-        if {config.mask_token_id, config.smask_token_id}.intersection(ids):
-            raise ValueError('text-generation continues a text; use pipeline("fill-mask") to fill [MASK] and [sMASK]')
+        if set(mask_token_ids(config)).intersection(ids):
+            raise ValueError('text-generation continues a text without masks; use pipeline("fill-mask") to fill masks')
         inputs["input_ids"] = torch.tensor([[*prepare_context(ids, config), config.sop_token_id]])
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         return inputs
@@ -188,6 +200,27 @@ class GLMTextGenerationPipeline(TextGenerationPipeline):
             is_full = return_type == ReturnType.FULL_TEXT
             record["generated_text"] = model_outputs["prompt_text"] + answer if is_full else answer
         return records
+
+
+def best_first(blanks: Sequence[Blank], adds_up: bool) -> list[Blank]:
+    """
+    Sort proposals by probability and merge those of the same ids.
+
+    Args:
+        blanks: Proposals.
+        adds_up: Whether equal ids are different events, ended by `eop` and by `</s>`, as they are in a beam search.
+    """
+    merge = (lambda a, b: float(np.logaddexp(a, b))) if adds_up else max
+    scores: dict[tuple[int, ...], float] = {}
+    for blank in blanks:
+        ids = tuple(blank.ids)
+        scores[ids] = merge(scores[ids], blank.score) if ids in scores else blank.score
+    return sorted((Blank(list(ids), score) for ids, score in scores.items()), key=lambda b: b.score, reverse=True)
+
+
+def is_glm(model: Any) -> bool:
+    """Tell whether a model is one of ours, also inside the wrapper of an adapter or a compiler."""
+    return isinstance(getattr(model, "config", None), GLMConfig)
 
 
 def continuation(tokenizer: Any, prompt: list[int], ids: list[int]) -> str:

@@ -1,5 +1,6 @@
 import io
 import json
+import shutil
 
 import pytest
 import torch
@@ -77,7 +78,7 @@ def test_fill_prints_json(run, model_folder):
 )
 def test_bad_text_is_one_line_with_its_number(run, model_folder, text, message):
     code, out, err = run("fill", model_folder, TEXT, text)
-    assert (code, out) == (1, "")
+    assert (code, len(out.splitlines())) == (1, 1)  # the good text before it is filled
     assert last_line(err).startswith(f"glm-hf: error: {message}")
 
 
@@ -142,3 +143,19 @@ def test_bug_keeps_its_traceback(model_folder, monkeypatch):
     monkeypatch.setattr("transformers.pipeline", None)
     with pytest.raises(TypeError):
         main(["fill", str(model_folder), TEXT])
+
+
+def test_input_that_is_no_text_is_one_line(run, model_folder, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a \xff\xfe [MASK]\n"), errors="surrogateescape"))
+    code, out, err = run("fill", model_folder)
+    assert (code, out) == (1, "")
+    assert "utf-8" in last_line(err)
+
+
+def test_damaged_weights_are_one_line(run, model_folder, tmp_path):
+    broken = shutil.copytree(model_folder, tmp_path / "broken")
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    code, _, err = run("fill", broken, TEXT)
+    assert code == 1
+    assert last_line(err).startswith("glm-hf: error: ")

@@ -4,7 +4,7 @@ import shutil
 import pytest
 import torch
 from golden import CONFIGS, golden_model
-from transformers import CompileConfig, DynamicCache
+from transformers import CompileConfig, DynamicCache, GenerationConfig, StoppingCriteria
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from glm_hf import GLMForMaskedLM
@@ -278,3 +278,110 @@ def test_masked_lm_hands_its_weights_to_the_generating_head(name):
     assert head.model is masked_lm.model
     text = [[11, infilling.config.mask_token_id, 12]]
     assert head.fill_blanks(text, max_new_tokens=4) == infilling.fill_blanks(text, max_new_tokens=4)
+
+
+def test_embeddings_are_continued_from_their_last_position():
+    row = [21, 22, 23, 24]
+    expected = MODEL.generate(torch.tensor([row]), max_new_tokens=NEW, min_new_tokens=NEW)[0, len(row) :]
+    for options in ({}, {"use_cache": False}, {"num_beams": 1, "cache_implementation": "static"}):
+        embeds = MODEL.get_input_embeddings()(torch.tensor([row]))
+        tokens = MODEL.generate(inputs_embeds=embeds, max_new_tokens=NEW, min_new_tokens=NEW, **options)
+        assert tokens[0].tolist() == expected.tolist()
+
+
+def test_context_behind_a_filled_cache_is_refused_in_forward():
+    cache = DynamicCache(config=CONFIG)
+    MODEL(torch.tensor([[11, 12]]), past_key_values=cache)
+    with pytest.raises(ValueError, match="came with a filled cache"):
+        MODEL(torch.tensor([[13, GMASK, SOP]]), past_key_values=cache)
+
+
+@pytest.mark.parametrize("cached", [len(LONG) - 1, len(LONG)])
+def test_cache_must_hold_the_first_sop(cached):
+    cache = DynamicCache(config=CONFIG)
+    MODEL(torch.tensor([LONG]), past_key_values=cache)
+    if cached < len(LONG):
+        cache.crop(cached - len(LONG))
+    longer = torch.tensor([[*LONG, 41]])
+    if cached == len(LONG):
+        assert MODEL.generate(longer, past_key_values=cache, max_new_tokens=1).shape == (1, 8)
+    else:
+        with pytest.raises(ValueError, match="context has grown"):
+            MODEL.generate(longer, past_key_values=cache, max_new_tokens=1)
+
+
+def test_causal_cache_of_a_text_without_sop_is_continued():
+    cache = DynamicCache(config=CONFIG)
+    MODEL(torch.tensor([[11, 12, 13]]), past_key_values=cache)
+    row = torch.tensor([[11, 12, 13, 14]])
+    continued = MODEL.generate(row, past_key_values=cache, max_new_tokens=4)
+    assert continued.tolist() == MODEL.generate(row, max_new_tokens=4).tolist()
+
+
+def test_long_neighbour_does_not_shorten_an_answer():
+    long_text = [50] * (CONFIG.max_position_embeddings - 5) + [GMASK]
+    options = {"max_new_tokens": 12, "min_new_tokens": 12}
+    batch = MODEL.fill_blanks([[94, 27, 30], long_text], **options)
+    assert [len(blanks[0]) for blanks in batch.blanks] == [12, 3]
+    assert batch.blanks[0] == MODEL.fill_blanks([[94, 27, 30]], **options).blanks[0]
+
+
+def test_generation_config_counts_new_tokens_and_suppresses():
+    text = [[94, 27, 30, 85, GMASK]]
+    plain = MODEL.fill_blanks(text, max_new_tokens=3).blanks[0][0]
+    config = GenerationConfig(max_new_tokens=3, suppress_tokens=[plain[0]])
+    assert plain[0] not in MODEL.fill_blanks(text, generation_config=config).blanks[0][0]
+    assert len(MODEL.fill_blanks(text, generation_config=config, min_new_tokens=3).blanks[0][0]) == 3
+    assert plain[0] not in MODEL.fill_blanks(text, max_new_tokens=3, suppress_tokens=[plain[0]]).blanks[0][0]
+    with pytest.raises(ValueError, match="at least 1 new token"):
+        MODEL.fill_blanks(text, max_new_tokens=0)
+
+
+class StopAtLength(StoppingCriteria):
+    """Stop the first row after two tokens."""
+
+    def __init__(self, prompt_length):
+        self.length = prompt_length + 2
+
+    def __call__(self, input_ids, scores, **kwargs):
+        done = torch.zeros(len(input_ids), dtype=torch.bool)
+        done[0] = input_ids.shape[1] >= self.length
+        return done
+
+
+def test_row_stopped_by_a_criterion_ends_there():
+    texts = [[94, 27, 30, 85, 94, GMASK], [94, 27, 30, 85, 11, GMASK]]
+    plain = MODEL.fill_blanks(texts, max_new_tokens=6, min_new_tokens=6)
+    stopped = MODEL.fill_blanks(texts, max_new_tokens=6, min_new_tokens=6, stopping_criteria=[StopAtLength(7)])
+    assert stopped.blanks == [[plain.blanks[0][0][:2]], plain.blanks[1]]
+    log_probs = MODEL(torch.tensor([[*texts[0], SOP, *plain.blanks[0][0]]])).logits[0].log_softmax(-1)
+    expected = sum(log_probs[6 + index, token].item() for index, token in enumerate(plain.blanks[0][0][:2]))
+    assert stopped.scores[0][0] == pytest.approx(expected, abs=1e-3)
+
+
+def test_padded_tensor_without_mask_leaves_padding_out():
+    input_ids, attention_mask = left_padded(*TEXTS)
+    with_mask = MODEL.fill_blanks(input_ids, attention_mask, max_new_tokens=3)
+    assert MODEL.fill_blanks(input_ids, max_new_tokens=3) == with_mask
+
+
+def test_blank_that_does_not_fit_is_not_scored():
+    with pytest.raises(ValueError, match="but the model takes 2048"):
+        MODEL.score_blanks([[94, GMASK]], [[11] * 2100])
+
+
+def test_offloaded_weights_fill_blanks(tmp_path):
+    MODEL.save_pretrained(tmp_path / "model")
+    offloaded = type(MODEL).from_pretrained(
+        tmp_path / "model", device_map={"": "disk"}, offload_folder=tmp_path / "offload"
+    )
+    assert offloaded.fill_blanks(TEXTS, max_new_tokens=3) == MODEL.fill_blanks(TEXTS, max_new_tokens=3)
+
+
+def test_prompt_without_sop_warns_once(monkeypatch):
+    warnings = []
+    monkeypatch.setattr("glm_hf.generation_glm.logger.warning_once", warnings.append)
+    MODEL.generate(torch.tensor([LONG]), max_new_tokens=1)
+    assert warnings == []
+    MODEL.generate(torch.tensor([[11, 12]]), max_new_tokens=1)
+    assert "read causally" in warnings[0]

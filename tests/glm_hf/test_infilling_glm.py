@@ -34,6 +34,16 @@ def test_masks_behind_sop_do_not_move_positions():
     assert layout([11, GMASK, SOP, MASK, 12])[0] == [[0, 1, 2, 3, 4]]
 
 
+def test_padding_that_looks_like_a_special_token_is_padding():
+    padding = torch.tensor([[0, 0, 1, 1, 1, 1]])
+    plain = layout([0, 0, 11, MASK, SOP, 12], segment_ids=padding)
+    assert layout([SOP, MASK, 11, MASK, SOP, 12], segment_ids=padding) == plain
+
+
+def test_smask_behind_sop_does_not_move_positions():
+    assert layout([11, GMASK, SOP, SMASK, 12])[0] == [[0, 1, 2, 3, 4]]
+
+
 def test_second_sop_changes_nothing():
     positions, context = layout([11, MASK, SOP, 12, SOP, 13])
     assert positions == [[0, 1, 1, 1, 1, 1]]

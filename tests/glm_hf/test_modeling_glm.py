@@ -5,7 +5,15 @@ import shutil
 import pytest
 import torch
 from golden import CONFIGS, TOLERANCE, golden_arrays, golden_model
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, DynamicCache
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    DynamicCache,
+    Trainer,
+    TrainingArguments,
+)
 
 from glm_hf import GLMConfig, GLMForBlankInfilling, GLMForMaskedLM, GLMModel
 
@@ -136,6 +144,92 @@ def test_steps_with_a_cache_equal_the_whole_row():
     first = logits_of(LONG, past_key_values=cache)
     steps = [first] + [logits_of([token], past_key_values=cache) for token in (25, 26)]
     torch.testing.assert_close(torch.cat(steps), whole, atol=NOISE, rtol=0)
+
+
+def test_unpadded_batch_of_unequal_contexts_equals_its_rows():
+    rows = torch.tensor([SHORT, [*LONG, 25, 26]])
+    with torch.no_grad():
+        logits = MODEL(rows).logits
+    for row in range(2):
+        torch.testing.assert_close(logits[row], logits_of(rows[row].tolist()), atol=NOISE, rtol=0)
+
+
+def test_left_padded_step_with_a_cache_counts_tokens_only():
+    cache = DynamicCache(config=CONFIG)
+    padding = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1]])
+    with torch.no_grad():
+        MODEL(torch.tensor([[0, 0, *LONG]]), attention_mask=padding, past_key_values=cache)
+        padding = torch.nn.functional.pad(padding, (0, 1), value=1)
+        step = MODEL(torch.tensor([[25]]), attention_mask=padding, past_key_values=cache).logits[0, 0]
+    torch.testing.assert_close(step, logits_of([*LONG, 25])[-1], atol=NOISE, rtol=0)
+
+
+def test_additive_mask_is_taken_as_it_is():
+    visible = torch.ones(8, 8, dtype=torch.bool).tril()[None, None]
+    additive = torch.zeros(1, 1, 8, 8).masked_fill(~visible, torch.finfo(torch.float32).min)
+    for attn_implementation in ("eager", "sdpa"):
+        model = golden_model("cfg1", attn_implementation)
+        expected = logits_of(SHORT, model, attention_mask=visible)
+        torch.testing.assert_close(logits_of(SHORT, model, attention_mask=additive), expected, atol=NOISE, rtol=0)
+
+
+def test_eager_in_half_keeps_large_scores_finite():
+    model = copy.deepcopy(golden_model("cfg1", "eager"))
+    with torch.no_grad():
+        model.model.layers[2].attention.query_key_value.weight.mul_(40)  # scores beyond the range of fp16
+        exact = model(torch.tensor([SHORT])).logits
+        half = model.half()(torch.tensor([SHORT]), attention_mask=torch.ones(1, 1, 8, 8).tril()).logits
+    assert exact.isfinite().all()
+    assert half.isfinite().all()
+
+
+@pytest.mark.parametrize("rope_dtype", ["float16", "float32"])
+def test_autocast_runs_and_stays_close(rope_dtype):
+    model = golden_model("cfg1", rope_dtype=rope_dtype)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits = model(torch.tensor([SHORT])).logits.float()
+    assert (logits - logits_of(SHORT, model)).abs().mean() < 0.2  # bf16 has 8 bits; the standard deviation is 3
+
+
+@pytest.mark.parametrize("kind", ["hidden_dropout", "attention_dropout"])
+def test_dropout_acts_in_training_only(kind):
+    model = tiny_model(**{kind: 0.5})
+    model.load_state_dict(MODEL.state_dict())
+    torch.testing.assert_close(logits_of(SHORT, model.eval()), logits_of(SHORT), atol=NOISE, rtol=0)
+    assert (logits_of(SHORT, model.train()) - logits_of(SHORT)).abs().max() > 1e-2
+    assert (logits_of(SHORT, model) - logits_of(SHORT, model)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("options", [{}, {"segment_ids": torch.tensor([[1] * 8 + [2] * 6])}], ids=["ids", "packed"])
+def test_traced_graph_derives_its_mask_from_ids(options):
+    row = torch.tensor([SHORT + LONG])
+    compiled = torch.compile(MODEL, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        expected = MODEL(row, use_cache=False, **options).logits
+        torch.testing.assert_close(compiled(row, use_cache=False, **options).logits, expected, atol=NOISE, rtol=0)
+
+
+def test_shifted_labels_equal_labels():
+    labels = torch.tensor([[-100] * 6 + SHORT[6:]])
+    shifted = torch.cat((labels[:, 1:], torch.tensor([[-100]])), dim=1)
+    ids = torch.tensor([SHORT])
+    torch.testing.assert_close(MODEL(ids, shift_labels=shifted).loss, MODEL(ids, labels=labels).loss)
+
+
+def test_trainer_keeps_packed_columns_trains_and_evaluates(tmp_path):
+    sample = {
+        "input_ids": SHORT + LONG,
+        "segment_ids": [1] * 8 + [2] * 6,
+        "labels": [-100] * 6 + [14, 15] + [-100] * 5 + [24],
+    }
+    arguments = TrainingArguments(
+        output_dir=tmp_path, max_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True, save_strategy="no"
+    )
+    trainer = Trainer(model=tiny_model(), args=arguments, train_dataset=[sample] * 4, eval_dataset=[sample] * 2)
+    expected = MODEL(**{key: torch.tensor([value]) for key, value in sample.items()}).loss.item()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, abs=1e-4)
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < expected
 
 
 @pytest.mark.parametrize("kept", [1, 2, 3, 4, 8])
@@ -326,5 +420,6 @@ def test_generation_config_of_a_folder_is_kept(tmp_path):
 
 
 def test_flash_attention_is_refused():
+    assert not GLMModel._supports_flash_attn
     with pytest.raises((ValueError, ImportError)):
         tiny_model().set_attn_implementation("flash_attention_2")

@@ -1,8 +1,10 @@
+import copy
 import math
 import re
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -16,7 +18,8 @@ from transformers import (
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from glm_hf import BlankInfillingPipeline, GLMForBlankInfilling, GLMForMaskedLM
-from glm_hf.pipeline_glm import GLMTextGenerationPipeline
+from glm_hf.generation_glm import Blank
+from glm_hf.pipeline_glm import GLMTextGenerationPipeline, best_first, continuation
 
 ONE = "the people [MASK] the time"
 TWO = "the [MASK] people have [MASK] time"
@@ -208,3 +211,52 @@ def test_text_generation_sends_masks_to_fill_mask(model_folder):
     generator = pipeline("text-generation", model=str(model_folder))
     with pytest.raises(ValueError, match="fill-mask"):
         generator(ONE)
+
+
+@pytest.mark.parametrize("wrap", ["peft", "compile"])
+def test_wrapped_model_is_still_filled_by_our_pipeline(model_folder, fill, wrap):
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    if wrap == "peft":
+        model = get_peft_model(model, LoraConfig(target_modules=["query_key_value"]))
+    else:
+        model = torch.compile(model, backend="eager")
+    wrapped = pipeline("fill-mask", model=model, tokenizer=fill.tokenizer)
+    assert type(wrapped) is BlankInfillingPipeline
+    results = wrapped(ONE, top_k=2, **OPTIONS)
+    assert [r["sequence"] for r in results] == [r["sequence"] for r in fill(ONE, top_k=2, **OPTIONS)]
+
+
+def test_sampled_proposals_come_best_first_without_repeats(fill):
+    results = fill(ONE, top_k=8, do_sample=True, temperature=0.3, max_new_tokens=1)
+    scores = [result["score"] for result in results]
+    assert scores == sorted(scores, reverse=True)
+    assert len({result["token_str"] for result in results}) == len(results)
+
+
+def test_equal_proposals_add_up_in_a_search_and_not_in_a_sample():
+    blanks = [Blank([5], math.log(0.2)), Blank([6], math.log(0.3)), Blank([5], math.log(0.2))]
+    assert [(b.ids, round(math.exp(b.score), 6)) for b in best_first(blanks, adds_up=True)] == [([5], 0.4), ([6], 0.3)]
+    assert [(b.ids, round(math.exp(b.score), 6)) for b in best_first(blanks, adds_up=False)] == [
+        ([6], 0.3),
+        ([5], 0.2),
+    ]
+
+
+@pytest.mark.parametrize("target", ["[MASK]", "a [gMASK]", "<|endofpiece|>"])
+def test_targets_with_special_tokens_are_refused(fill, target):
+    with pytest.raises(ValueError, match="targets must be plain text"):
+        fill(ONE, targets=["people", target])
+
+
+def test_tokenizer_of_another_model_is_refused(fill, model_folder):
+    tokenizer = copy.deepcopy(fill.tokenizer)
+    tokenizer.add_tokens([f"word{number}" for number in range(50)])
+    with pytest.raises(ValueError, match="use the tokenizer that belongs to the model"):
+        pipeline("fill-mask", model=fill.model, tokenizer=tokenizer)
+
+
+def test_continuation_keeps_the_blank_between_words_and_drops_special_tokens(fill):
+    tokenizer = fill.tokenizer
+    prompt, answer = (tokenizer(text)["input_ids"] for text in ("the work", "people"))
+    special = [tokenizer.gmask_token_id, tokenizer.sop_token_id]
+    assert continuation(tokenizer, [*prompt, *special], [*answer, tokenizer.eop_token_id]) == " people"
