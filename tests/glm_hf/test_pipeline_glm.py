@@ -233,6 +233,19 @@ def test_sampled_proposals_come_best_first_without_repeats(fill):
     assert len({result["token_str"] for result in results}) == len(results)
 
 
+def test_search_ranks_by_probability_and_sampling_does_not_search(fill, monkeypatch):
+    seen = []
+    generate = fill.infiller.generate
+    monkeypatch.setattr(
+        fill.infiller, "generate", lambda *args, **kwargs: seen.append(kwargs) or generate(*args, **kwargs)
+    )
+    fill(ONE, top_k=3, **OPTIONS)
+    fill(ONE, top_k=3, do_sample=True, **OPTIONS)
+    search, sample = seen
+    assert (search["num_beams"], search["length_penalty"]) == (3, 0.0)  # a penalty above 0 would prefer long blanks
+    assert "num_beams" not in sample
+
+
 def test_equal_proposals_add_up_in_a_search_and_not_in_a_sample():
     blanks = [Blank([5], math.log(0.2)), Blank([6], math.log(0.3)), Blank([5], math.log(0.2))]
     assert [(b.ids, round(math.exp(b.score), 6)) for b in best_first(blanks, adds_up=True)] == [([5], 0.4), ([6], 0.3)]
