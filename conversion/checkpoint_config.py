@@ -47,14 +47,30 @@ def checkpoint_config(
     return model_config
 
 
+def sizes_config(checkpoint: SatCheckpoint) -> GLMConfig:
+    """
+    Return a configuration with the checkpoint's sizes and meaningless special ids, for work on its tensors alone.
+
+    Where the weights do not tell how many heads there are, it has one per rank; no tensor's shape depends on that.
+
+    Raises:
+        ValueError: If the sizes do not fit together.
+    """
+    names = [name for name, value in GLMConfig().to_dict().items() if name.endswith("_token_id") and value is not None]
+    special_ids = {name: number for number, name in enumerate(names)}
+    return checkpoint_config(
+        checkpoint, {"num_attention_heads": checkpoint.tp_size} | special_ids | _sizes(checkpoint)
+    )
+
+
 def _sizes(checkpoint: SatCheckpoint) -> dict[str, int]:
     """Return the fields of the configuration that the weights tell."""
-    hidden_size = checkpoint.numel("transformer.final_layernorm.weight")
+    hidden_size = checkpoint.hidden_size
     sizes = {
-        "vocab_size": checkpoint.numel("transformer.word_embeddings.weight") * checkpoint.tp_size // hidden_size,
+        "vocab_size": checkpoint.numel("model.embed_tokens.weight") // hidden_size,
         "hidden_size": hidden_size,
         "num_hidden_layers": checkpoint.num_layers,
-        "intermediate_size": checkpoint.numel("transformer.layers.0.mlp.dense_h_to_4h.bias") * checkpoint.tp_size // 2,
+        "intermediate_size": checkpoint.numel("model.layers.0.mlp.dense_h_to_4h.bias") // 2,
     }
     if head_dim := checkpoint.head_dim:
         if hidden_size % head_dim:

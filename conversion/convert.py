@@ -1,27 +1,86 @@
-"""Convert a SAT checkpoint to a Hugging Face folder: plan, check everything, then stream tensor by tensor.
+"""Convert a SAT checkpoint to a Hugging Face folder: plan, check everything, then stream block by block.
 
-The folder holds config.json, generation_config.json, safetensors shards with their index, and the tokenizer. It is
-written beside its destination under a hidden name and renamed at the end: it is there either whole or not at all.
+The folder holds config.json, generation_config.json, safetensors shards with their index, and the tokenizer. Weights
+can be quantized on the way; those that are quantized already keep their codes and scales.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from glm_hf.configuration_glm import GLMConfig
 from glm_hf.conversion.checkpoint_config import checkpoint_config
-from glm_hf.conversion.name_map import to_sat_name
-from glm_hf.conversion.safetensors_writer import DTYPE_NAMES, plan_shards, write_index, write_shard
+from glm_hf.conversion.model_tensors import model_tensors, quantization_config
+from glm_hf.conversion.partial_folder import write_in_segments
+from glm_hf.conversion.safetensors_writer import ShardFile, plan_shards, write_index
 from glm_hf.conversion.sat_checkpoint import SatCheckpoint
-from glm_hf.conversion.shard_rules import REPLICATED, shard_rule
 from glm_hf.modeling_glm import GLMForBlankInfilling
-from glm_hf.new_folder import new_folder, require_vacant
+from glm_hf.new_folder import free_space
+from glm_hf.quantization.functional import quantize_weight
 from glm_hf.tokenization_glm import GLMTokenizer
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+QUANTIZATIONS = {"int8": 8, "int4": 4}
+PEAK_MEMORY_BYTES = 200 * 10**6  # measured by benchmarks/conversion.py: some blocks of rows and the list of tensors
+
+
+@dataclass(frozen=True)
+class ConversionPlan:
+    """
+    A conversion that has been checked and only needs to be carried out.
+
+    Attributes:
+        checkpoint: The source.
+        config: Configuration of the model to write.
+        tokenizer: Tokenizer to write, None for none.
+        shards: Files to write, in order.
+        bits: Bits of the quantized weights to write, None if they are not quantized.
+    """
+
+    checkpoint: SatCheckpoint
+    config: GLMConfig
+    tokenizer: PreTrainedTokenizerBase | None
+    shards: list[ShardFile]
+    bits: int | None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors to write."""
+        return sum(shard.num_bytes for shard in self.shards)
+
+    def describe(self, dst: Path) -> str:
+        """Return what a conversion to `dst` will do, in lines of words and numbers."""
+        source_bytes = sum(tensor.nbytes for tensor in self.checkpoint.tensors.values())
+        config, stored = self.config, str(self.config.dtype).removeprefix("torch.")
+        rows = {
+            "source": f"{self.checkpoint.tp_size} ranks, {source_bytes:,} bytes in {self.checkpoint.folder}",
+            "model": f"{config.num_hidden_layers} layers, hidden size {config.hidden_size}, "
+            f"{config.num_attention_heads} heads, vocabulary of {config.vocab_size}",
+            "tensors": f"{sum(len(shard.tensors) for shard in self.shards):,} in {stored}"
+            + (f", the linears of the layers in int{self.bits}" if self.bits else ""),
+            "shards": f"{len(self.shards)}, the largest of {max(shard.num_bytes for shard in self.shards):,} bytes",
+            "memory": f"at most {PEAK_MEMORY_BYTES:,} bytes beside the interpreter's own",
+            "disk": f"{self.num_bytes:,} bytes needed, {free_space(dst):,} free",
+        }
+        return "\n".join(f"{name:9}{value}" for name, value in rows.items())
+
+    def write_small_files(self, folder: Path) -> None:
+        """Write what belongs to the model besides its weights: index, configuration, tokenizer."""
+        write_index(folder, self.shards)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
+        with torch.device("meta"):
+            GLMForBlankInfilling(self.config).generation_config.save_pretrained(folder)
+        config = GLMConfig.from_dict(self.config.to_dict())
+        if self.bits is not None:
+            groups = self.checkpoint.tp_size if self.checkpoint.bits else 1
+            config.quantization_config = quantization_config(self.bits, groups)
+        config.save_pretrained(folder)
 
 
 def convert_sat_checkpoint(
@@ -32,11 +91,14 @@ def convert_sat_checkpoint(
     tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
     dtype: torch.dtype | str | None = None,
     max_shard_size: int | str = "5GB",
+    quantization: str | None = None,
+    resume: bool = True,
 ) -> None:
     """
     Convert a SAT checkpoint of any tensor-parallel size to a folder that `from_pretrained` loads.
 
-    Memory holds the largest tensor, not the model. The bytes written do not depend on the tensor-parallel size.
+    Memory holds a few blocks of rows, not a tensor. The bytes written do not depend on the tensor-parallel size of a
+    checkpoint that is not quantized. Interrupted at any moment, the same call goes on where it was.
 
     Args:
         src: Folder with `latest` and an iteration folder of `mp_rank_RR_model_states.pt`, or that iteration folder.
@@ -44,87 +106,129 @@ def convert_sat_checkpoint(
         config: What weights cannot tell (special ids; heads, where no rotary buffer tells the head size): a config, a
             dict of its fields or a JSON file. GLM-130B's own by default.
         tokenizer: SentencePiece model file, tokenizer folder or tokenizer to save with the model.
-        dtype: float16, bfloat16 or float32; the checkpoint's own by default.
+        dtype: float16, bfloat16 or float32 for all that is not quantized; the checkpoint's own by default.
         max_shard_size: Largest shard in bytes, or a string such as `"5GB"`.
+        quantization: `"int8"` or `"int4"` to quantize the linears of the layers by the released rule, one scale per
+            row. A checkpoint that is quantized already stays as it is.
+        resume: Whether to go on with an interrupted conversion to `dst`, rather than to throw away what it has left.
 
     Raises:
         FileNotFoundError: If a file of the checkpoint, the config or the tokenizer is missing.
         FileExistsError: If `dst` holds something already.
-        ValueError: If the checkpoint is damaged or incomplete, or does not fit `config` or `tokenizer`, or if an
-            argument is not what is expected.
-        OSError: If the disk has too little space.
+        ValueError: If the checkpoint is damaged or incomplete, or does not fit `config` or `tokenizer`, if it has
+            changed since an interrupted conversion, or if an argument is not what is expected.
+        OSError: If the disk has too little space, or another process is converting to `dst`.
     """
+    plan = plan_conversion(
+        src, config=config, tokenizer=tokenizer, dtype=dtype, max_shard_size=max_shard_size, quantization=quantization
+    )
+    source_dtypes = {name: tensor.dtype for name, tensor in plan.checkpoint.tensors.items()}
+
+    def blocks_of(shard: ShardFile) -> Iterator[tuple[str, Tensor]]:
+        for name, unit in shard.units.items():
+            yield from converted(name, plan.checkpoint.read(name), source_dtypes[name], unit)
+
+    sources = plan.checkpoint.sources
     dst = Path(dst).resolve()
-    require_vacant(dst)
+    write_in_segments(dst, plan.shards, blocks_of, plan.write_small_files, sources=sources, resume=resume)
+
+
+def plan_conversion(
+    src: str | Path,
+    *,
+    config: GLMConfig | dict[str, Any] | str | Path | None = None,
+    tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
+    dtype: torch.dtype | str | None = None,
+    max_shard_size: int | str = "5GB",
+    quantization: str | None = None,
+) -> ConversionPlan:
+    """Check everything that `convert_sat_checkpoint` is given, with its arguments and errors, and write nothing."""
     checkpoint = SatCheckpoint(src)
     model_config = checkpoint_config(checkpoint, config)
-    model_config.dtype = torch_dtype = _output_dtype(checkpoint, dtype)
-    with torch.device("meta"):
-        model = GLMForBlankInfilling(model_config)
-    tensors = _planned_tensors(model, torch_dtype)
-    _validate(checkpoint, tensors)
+    model_config.dtype = _output_dtype(checkpoint, dtype)
+    tensors = model_tensors(
+        model_config, model_config.dtype, bits=checkpoint.bits, row_parallel_groups=checkpoint.tp_size
+    )
+    checkpoint.require(tensors)
+    bits = _output_bits(checkpoint, quantization)
+    if bits != checkpoint.bits:
+        tensors = model_tensors(model_config, model_config.dtype, bits=bits)
     loaded = None if tokenizer is None else _load_tokenizer(tokenizer)
     if loaded is not None:
         _check_tokenizer(loaded, model_config)
-    shards = plan_shards(tensors, max_shard_size)
+    units: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        made_with = name.removesuffix("_scale") if checkpoint.bits is None else name
+        units.setdefault(made_with, {})[name] = tensor
+    return ConversionPlan(checkpoint, model_config, loaded, plan_shards(units, max_shard_size), bits)
 
-    num_bytes = sum(tensor.nbytes for tensor in tensors.values())
-    with new_folder(dst, num_bytes) as folder, _progress(num_bytes) as progress:
-        read = _merging_reader(checkpoint, tensors, progress)
-        for file, shard in shards.items():
-            write_shard(folder / file, shard, read)
-        write_index(folder, shards)
-        if loaded is not None:
-            loaded.save_pretrained(folder)
-        model.generation_config.save_pretrained(folder)
-        model_config.save_pretrained(folder)
+
+def converted(
+    name: str, blocks: Iterator[Tensor], source_dtype: torch.dtype, unit: dict[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """
+    Yield blocks of a tensor as they are to be stored: cast once, quantized, or as they are.
+
+    Args:
+        name: Name of the tensor.
+        blocks: Its rows, in order.
+        source_dtype: Their dtype.
+        unit: What is stored of it, on meta by name: the tensor, and its scale if it becomes quantized.
+
+    Yields:
+        (name of a stored tensor, its next rows); the scale comes after the weight.
+
+    Raises:
+        ValueError: If a value is too large for the dtype to store.
+    """
+    dtype = unit[name].dtype
+    if source_dtype.is_floating_point and not dtype.is_floating_point:
+        yield from _quantized(name, blocks, bits=4 if dtype == torch.uint8 else 8)
+        return
+    for block in blocks:
+        stored = block.to(dtype) if dtype.is_floating_point else block.view(dtype)
+        if dtype == torch.float16 and source_dtype != dtype and not torch.equal(stored.isinf(), block.isinf()):
+            raise ValueError(f"{name} has values beyond 65504, the largest float16; choose bfloat16 or float32")
+        yield name, stored
+
+
+def _quantized(name: str, blocks: Iterator[Tensor], bits: int) -> Iterator[tuple[str, Tensor]]:
+    scales = []
+    for block in blocks:
+        try:
+            weight, weight_scale = quantize_weight(block, bits=bits)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        scales.append(weight_scale)
+        yield name, weight
+    yield f"{name}_scale", torch.cat(scales)
 
 
 def _output_dtype(checkpoint: SatCheckpoint, dtype: torch.dtype | str | None) -> torch.dtype:
     """Return the dtype to write, which is the checkpoint's own if `dtype` is None."""
-    known = {str(known).removeprefix("torch."): known for known in DTYPE_NAMES}
     if dtype is None:
         if len(checkpoint.dtypes) > 1:
             names = ", ".join(sorted(map(str, checkpoint.dtypes)))
-            raise ValueError(f"the checkpoint mixes {names}; pass dtype= to choose one of {', '.join(known)}")
+            raise ValueError(f"the checkpoint mixes {names}; pass dtype= to choose one of {', '.join(DTYPES)}")
         dtype = next(iter(checkpoint.dtypes))
     name = str(dtype).removeprefix("torch.")
-    if name not in known:
-        raise ValueError(f"dtype must be one of {', '.join(known)}, got {name}")
-    return known[name]
+    if name not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name}")
+    return DTYPES[name]
 
 
-def _planned_tensors(model: GLMForBlankInfilling, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return all tensors to write, on meta, by their name and in the order of `model`."""
-    return {
-        name: torch.empty(parameter.shape, dtype=dtype, device="meta")
-        for name, parameter in model.state_dict().items()
-        if name not in model.all_tied_weights_keys
-    }
-
-
-def _validate(checkpoint: SatCheckpoint, tensors: dict[str, Tensor]) -> None:
-    """Raise ValueError unless `checkpoint` holds exactly `tensors`, cut by the rules and alike where not cut."""
-    path = checkpoint.paths[0]
-    if unknown := sorted(set(checkpoint.names) - {to_sat_name(name) for name in tensors}):
-        raise ValueError(f"{path}: {unknown[0]} is unknown; expected the tensors of GLM-130B only")
-    for name, tensor in tensors.items():
-        sat_name = to_sat_name(name)
-        rule = shard_rule(name)
-        shape = rule.shard_shape(tensor.shape, checkpoint.tp_size)
-        if checkpoint.shape(sat_name) != shape:
-            raise ValueError(f"{path}: {sat_name} has shape {tuple(checkpoint.shape(sat_name))}, expected {shape}")
-        if rule == REPLICATED:
-            parts = checkpoint.parts(sat_name)
-            if differing := [rank for rank, part in enumerate(parts) if not _have_equal_bytes(part, parts[0])]:
-                raise ValueError(
-                    f"{path.parent}: {sat_name} must be equal on all ranks, but rank 0 and ranks {differing} differ; "
-                    "the files do not belong together or are damaged"
-                )
-
-
-def _have_equal_bytes(first: Tensor, second: Tensor) -> bool:
-    return torch.equal(first.contiguous().view(torch.uint8), second.contiguous().view(torch.uint8))
+def _output_bits(checkpoint: SatCheckpoint, quantization: str | None) -> int | None:
+    """Return the bits of the quantized weights to write, None for weights that are not quantized."""
+    if quantization is None:
+        return checkpoint.bits
+    if quantization not in QUANTIZATIONS:
+        raise ValueError(f"quantization must be one of {', '.join(QUANTIZATIONS)}, got {quantization}")
+    if checkpoint.bits not in (None, QUANTIZATIONS[quantization]):
+        raise ValueError(
+            f"{checkpoint.folder} is quantized to int{checkpoint.bits} already and cannot become {quantization}; "
+            "convert the checkpoint that is not quantized"
+        )
+    return QUANTIZATIONS[quantization]
 
 
 def _load_tokenizer(tokenizer: PreTrainedTokenizerBase | str | Path) -> PreTrainedTokenizerBase:
@@ -150,22 +254,3 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: GLMConfig) -> N
                 f"the tokenizer has {name} = {known_id}, but the config has {token_id}; "
                 "pass config= with the tokenizer's special ids, or another tokenizer"
             )
-
-
-def _merging_reader(checkpoint: SatCheckpoint, tensors: dict[str, Tensor], progress: tqdm) -> Callable[[str], Tensor]:
-    """Return a function from a name in `tensors` to the merged tensor, which the next call overwrites."""
-    buffer = torch.empty(max(tensor.nbytes for tensor in tensors.values()), dtype=torch.uint8)
-
-    def read(name: str) -> Tensor:
-        planned = tensors[name]
-        out = buffer[: planned.nbytes].view(planned.dtype).view(planned.shape)
-        shard_rule(name).merge(checkpoint.parts(to_sat_name(name)), out)
-        progress.update(planned.nbytes)
-        return out
-
-    return read
-
-
-def _progress(num_bytes: int) -> tqdm:
-    """Return a progress bar in bytes on stderr, silent where stderr is not a terminal."""
-    return tqdm(total=num_bytes, desc="Converting", unit="B", unit_scale=True, disable=None)

@@ -1,4 +1,4 @@
-"""Write a model's weights as safetensors shards, one tensor in memory at a time.
+"""Write a model's weights as safetensors shards, one block of rows in memory at a time.
 
 Stored layout of a shard (the safetensors format): 8 bytes with the length of the header, little-endian; the header,
 JSON padded with spaces to a multiple of 8 bytes, with dtype, shape and byte range of every tensor; then the bytes of
@@ -6,67 +6,97 @@ the tensors, in the order of the header, without gaps. Shard names, limits and i
 """
 
 import json
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 
-DTYPE_NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
+DTYPE_NAMES = {
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+}
 
 
-def plan_shards(tensors: Mapping[str, Tensor], max_shard_size: int | str) -> dict[str, dict[str, Tensor]]:
+class ShardFile:
     """
-    Distribute tensors over shards in their order.
+    One shard to be written, as a segment of a folder.
 
     Args:
-        tensors: Tensors on meta, by name.
-        max_shard_size: Bytes, or a string such as `"5GB"`. A larger tensor gets a shard of its own.
+        name: File name.
+        units: Tensors on meta by name, in their order, in groups that are made together; a group has the name of its
+            first tensor.
+    """
+
+    def __init__(self, name: str, units: dict[str, dict[str, Tensor]]) -> None:
+        self.label = name
+        self.units = units
+        self.tensors = {name: tensor for unit in units.values() for name, tensor in unit.items()}
+        self.num_bytes = sum(tensor.nbytes for tensor in self.tensors.values())
+        self._header = _header(self.tensors)
+        self.layout = self._header.decode("latin-1")
+        self.end = {name: len(self._header) + self.num_bytes}
+
+    @contextmanager
+    def open(self, folder: Path) -> Iterator[Callable[[str, Tensor], None]]:
+        """Yield the function that appends a contiguous block of rows to a tensor; tensors come in their order."""
+        coming = [(name, tensor.nbytes) for name, tensor in reversed(self.tensors.items())]
+        with open(folder / self.label, "wb") as file:
+            file.write(self._header)
+
+            def write(name: str, block: Tensor) -> None:
+                due, left = coming.pop()
+                assert (name, block.dtype) == (due, self.tensors[due].dtype)
+                if left > block.nbytes:
+                    coming.append((name, left - block.nbytes))
+                file.write(block.flatten().view(torch.uint8).numpy().data)
+
+            yield write
+            assert not coming
+
+
+def plan_shards(units: Mapping[str, dict[str, Tensor]], max_shard_size: int | str) -> list[ShardFile]:
+    """
+    Distribute groups of tensors over shards in their order.
+
+    Args:
+        units: Tensors on meta, by name, in groups that stay together; a group has the name of its first tensor.
+        max_shard_size: Bytes, or a string such as `"5GB"`. A larger group gets a shard of its own.
 
     Returns:
-        The tensors of every shard, by file name.
+        The shards, in their order.
 
     Raises:
         ValueError: If `max_shard_size` is not a size.
     """
+    sizes = {
+        name: torch.empty(sum(tensor.nbytes for tensor in unit.values()), dtype=torch.uint8, device="meta")
+        for name, unit in units.items()
+    }
     split = split_torch_state_dict_into_shards(
-        dict(tensors), filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+        sizes, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
     )
-    return {file: {name: tensors[name] for name in names} for file, names in split.filename_to_tensors.items()}
+    return [
+        ShardFile(file, {name: units[name] for name in names}) for file, names in split.filename_to_tensors.items()
+    ]
 
 
-def write_shard(path: Path, tensors: Mapping[str, Tensor], read: Callable[[str], Tensor]) -> None:
-    """
-    Write one shard and flush it to the disk.
-
-    Args:
-        path: File to write.
-        tensors: Tensors on meta, by name: what the shard will hold, in this order.
-        read: Returns the contiguous tensor of a name, on the CPU; called when its bytes are due.
-    """
-    with open(path, "wb") as file:
-        file.write(_header(tensors))
-        for name, expected in tensors.items():
-            tensor = read(name)
-            assert (tensor.shape, tensor.dtype) == (expected.shape, expected.dtype)
-            file.write(tensor.flatten().view(torch.uint8).numpy().data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def write_index(folder: Path, shards: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Write `model.safetensors.index.json` unless the single file of `shards` (as planned) needs none."""
+def write_index(folder: Path, shards: list[ShardFile]) -> None:
+    """Write `model.safetensors.index.json` unless the single file of `shards` needs none."""
     if len(shards) == 1:
         return
-    tensors = [tensor for shard in shards.values() for tensor in shard.values()]
+    tensors = [tensor for shard in shards for tensor in shard.tensors.values()]
     index = {
         "metadata": {
             "total_parameters": sum(tensor.numel() for tensor in tensors),
             "total_size": sum(tensor.nbytes for tensor in tensors),
         },
-        "weight_map": {name: file for file, shard in shards.items() for name in shard},
+        "weight_map": {name: shard.label for shard in shards for name in shard.tensors},
     }
     text = json.dumps(index, indent=2, sort_keys=True) + "\n"
     (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")

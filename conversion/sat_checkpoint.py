@@ -1,24 +1,27 @@
-"""Read SAT checkpoints of any tensor-parallel size without loading them.
+"""Read SAT checkpoints of any tensor-parallel size, quantized or not, without loading them.
 
-Stored layout: `latest`, a text file with the name of the iteration folder; in that folder one zip file of `torch.save`
-per rank, `mp_rank_RR_model_states.pt` = `{"module": {name: tensor}}`. Files are mapped, so that a tensor takes memory
-only once it is read, and only plain tensors are unpickled, so that a file cannot run code.
+Stored layout: `latest`, a text file with the name of the iteration folder; in that folder one rank file per
+tensor-parallel rank, `mp_rank_RR_model_states.pt`. A quantized weight is int8 (two codes per byte for 4 bits) and has
+a scale `(rows)` of its own on every rank, which is read as `(rows, 1)`.
 """
 
-import pickle
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from dataclasses import replace
+from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from glm_hf.conversion.name_map import is_rotary_buffer, layer_index
+from glm_hf.conversion.name_map import is_rotary_buffer, layer_index, to_model_name, to_sat_name
+from glm_hf.conversion.rank_file import RANK_FILE, RankFile, describe, read_rank_file
+from glm_hf.conversion.shard_rules import REPLICATED, shard_rule
+from glm_hf.conversion.stored_tensor import Member, RowReader, StoredTensor, check_member
+from glm_hf.conversion.streams import read_merged
 
-RANK_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt")
-ITERATION_KEYS = ("iteration", "global_steps")
-# Files are mapped anew, which frees the pages read so far, after this many bytes or the largest tensor.
-MIN_BYTES_BETWEEN_MAPPINGS = 128 * 2**20
+QKV = "transformer.layers.0.attention.query_key_value.weight"
 
 
 class SatCheckpoint:
@@ -29,7 +32,8 @@ class SatCheckpoint:
         src: The checkpoint's folder with `latest`, or its iteration folder.
 
     Attributes:
-        paths: Rank files in the order of their ranks.
+        folder: The iteration folder.
+        ranks: Rank files in the order of their ranks.
 
     Raises:
         FileNotFoundError: If `src`, its iteration folder or a rank file is missing.
@@ -37,97 +41,202 @@ class SatCheckpoint:
     """
 
     def __init__(self, src: str | Path) -> None:
-        folder = _iteration_folder(Path(src))
-        found = {int(match[1]): path for path in folder.iterdir() if (match := RANK_FILE.fullmatch(path.name))}
-        first = found[min(found)]
-        self.paths = _rank_paths(folder, found, _tp_size(first, _load(first)["module"]))
-        self._map_files()
+        self.folder, found = find_rank_files(Path(src))
+        first = read_rank_file(found[min(found)])
+        paths = _rank_paths(self.folder, found, _tp_size(first))
+        self.ranks = [first, *(read_rank_file(path) for path in paths[1:])]
         self._check_ranks()
-        self._bytes_read = 0
-        largest = max(tensor.nbytes for tensor in self._first.values()) * self.tp_size
-        self._bytes_between_mappings = max(largest, MIN_BYTES_BETWEEN_MAPPINGS)
-
-    @property
-    def _first(self) -> dict[str, Tensor]:
-        return self._contents[0]["module"]
+        self._checked_members: set[Member] = set()
 
     @property
     def tp_size(self) -> int:
         """Number of ranks."""
-        return len(self.paths)
+        return len(self.ranks)
 
     @property
     def names(self) -> list[str]:
-        """SAT names of all parameters."""
-        return [name for name in self._first if not is_rotary_buffer(name)]
+        """The model's names of all parameters."""
+        names = []
+        for sat_name in self.ranks[0].tensors:
+            if not is_rotary_buffer(sat_name):
+                try:
+                    names.append(to_model_name(sat_name))
+                    shard_rule(names[-1])
+                except KeyError:
+                    raise ValueError(
+                        f"{self.ranks[0].path}: {sat_name} is unknown; expected the tensors of GLM-130B only"
+                    ) from None
+        return names
 
     @property
-    def dtypes(self) -> set[torch.dtype]:
-        """Dtypes of all parameters."""
-        return {self._first[name].dtype for name in self.names}
+    def tensors(self) -> dict[str, Tensor]:
+        """All parameters, joined, on meta by the model's names."""
+        tensors = {}
+        for name in self.names:
+            part = self._parts(name)[0]
+            shape = shard_rule(name).full_shape(part.shape, self.tp_size)
+            tensors[name] = torch.empty(shape, dtype=part.dtype, device="meta")
+        return tensors
 
     @property
     def num_layers(self) -> int:
         """Number of layers."""
-        return 1 + max((index for name in self.names if (index := layer_index(name)) is not None), default=-1)
+        return 1 + max((i for name in self.ranks[0].tensors if (i := layer_index(name)) is not None), default=-1)
+
+    @property
+    def bits(self) -> int | None:
+        """Bits of the quantized weights, None if they are not quantized."""
+        weight = _get(self.ranks[0], QKV)
+        if weight.dtype != torch.int8:
+            return None
+        bits = 8 * weight.shape[-1] / self.hidden_size
+        if bits not in (4, 8):
+            raise ValueError(f"{weight.path}: {QKV} has {bits:g} bits per weight; expected 4 or 8")
+        return int(bits)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the residual stream."""
+        return _hidden_size(self.ranks[0])
 
     @property
     def head_dim(self) -> int | None:
         """Size of a head as the rotary frequencies tell it, None without them."""
-        name = next((name for name in self._first if is_rotary_buffer(name)), None)
+        name = next((name for name in self.ranks[0].tensors if is_rotary_buffer(name)), None)
         if name is None:
             return None
         # The original tool for other tensor-parallel sizes cuts these frequencies in some checkpoints.
-        parts = self.parts(name)
+        parts = [_read_whole(rank.tensors[name]) for rank in self.ranks]
         is_whole = all(torch.equal(part, parts[0]) for part in parts)
         return 2 * (len(parts[0]) if is_whole else sum(len(part) for part in parts))
 
-    def shape(self, name: str) -> torch.Size:
-        """Return the shape of one rank's part of `name`."""
-        return _get(self.paths[0], self._first, name).shape
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        """Dtypes of all parameters that are not quantized weights or their scales."""
+        return {
+            tensor.dtype
+            for name, tensor in self.ranks[0].tensors.items()
+            if tensor.dtype != torch.int8 and not name.endswith("_scale") and not is_rotary_buffer(name)
+        }
+
+    @property
+    def iteration(self) -> dict[str, Any]:
+        """What the rank files tell of the iteration they were saved at."""
+        return self.ranks[0].iteration
+
+    @property
+    def sources(self) -> dict[str, Any]:
+        """Size and hash of every rank file by its name."""
+        return {rank.path.name: rank.fingerprint for rank in self.ranks}
 
     def numel(self, name: str) -> int:
-        """Return the number of elements of one rank's part of `name`."""
-        return self.shape(name).numel()
+        """Return the number of elements of the joined parameter `name`."""
+        part = self._parts(name)[0]
+        return prod(shard_rule(name).full_shape(part.shape, self.tp_size))
 
-    def parts(self, name: str) -> list[Tensor]:
-        """Return the parts of all ranks of `name`, mapped; drop them before asking for the next ones."""
-        nbytes = self._first[name].nbytes * self.tp_size
-        if self._bytes_read + nbytes > self._bytes_between_mappings:
-            self._map_files()
-            self._bytes_read = 0
-        self._bytes_read += nbytes
-        return [content["module"][name].detach() for content in self._contents]
+    def read(self, name: str) -> Iterator[Tensor]:
+        """
+        Yield the joined parameter `name` in blocks of rows.
 
-    def _map_files(self) -> None:
-        self._contents: list[dict] = []  # earlier mappings go before new ones come
-        self._contents = [_load(path) for path in self.paths]
+        Raises:
+            ValueError: If its bytes are not those that were written.
+        """
+        parts = self._parts(name)
+        for part in parts:
+            if part.member and part.member not in self._checked_members and not part.is_whole_member:
+                check_member(part.member, part.name)
+                self._checked_members.add(part.member)
+        return read_merged(shard_rule(name), parts)
+
+    def require(self, tensors: dict[str, Tensor]) -> None:
+        """
+        Check that the checkpoint holds exactly `tensors`, cut by the rules and alike where not cut.
+
+        Args:
+            tensors: What is expected, on meta by the model's names; of a dtype it only matters whether it is a float.
+
+        Raises:
+            ValueError: If a tensor is missing, unknown, of another shape, or differs between ranks.
+        """
+        path = self.ranks[0].path
+        if unknown := sorted(set(self.names) - tensors.keys()):
+            raise ValueError(f"{path}: {to_sat_name(unknown[0])} is unknown; expected the tensors of GLM-130B only")
+        for name, tensor in tensors.items():
+            sat_name, rule = to_sat_name(name), shard_rule(name)
+            parts = self._parts(name)
+            shape = rule.shard_shape(tensor.shape, self.tp_size)
+            if parts[0].shape != shape:
+                raise ValueError(f"{path}: {sat_name} has shape {parts[0].shape}, expected {shape}")
+            if parts[0].dtype.is_floating_point != tensor.dtype.is_floating_point:
+                kinds = ("quantized", "floating point")[:: 1 if tensor.dtype.is_floating_point else -1]
+                raise ValueError(f"{path}: {sat_name} is {kinds[0]}, but {kinds[1]} was expected, as {QKV} is")
+            if rule == REPLICATED:
+                wholes = [_read_whole(part) for part in parts]
+                if differing := [i for i, whole in enumerate(wholes) if not _have_equal_bytes(whole, wholes[0])]:
+                    raise ValueError(
+                        f"{self.folder}: {sat_name} must be equal on all ranks, but rank 0 and ranks {differing} "
+                        "differ; the files do not belong together or are damaged"
+                    )
+
+    def _parts(self, name: str) -> list[StoredTensor]:
+        """Return what every rank holds of the parameter `name`, a scale as a column."""
+        parts = [_get(rank, to_sat_name(name)) for rank in self.ranks]
+        if name.endswith("_scale"):
+            return [replace(part, shape=(*part.shape, 1), stride=(*part.stride, 1)) for part in parts]
+        return parts
 
     def _check_ranks(self) -> None:
         """Raise ValueError unless all ranks are of one iteration and hold the same names, shapes and dtypes."""
-        first_path, first = self.paths[0], self._contents[0]
-        for path, rank in zip(self.paths, self._contents, strict=True):
-            for key in ITERATION_KEYS:
-                if rank.get(key) != first.get(key):
+        first = self.ranks[0]
+        for number, rank in enumerate(self.ranks):
+            if rank.saved_as not in (None, number):
+                raise ValueError(
+                    f"{rank.path} was saved as mp_rank_{rank.saved_as:02d}_model_states.pt: it was renamed, or files "
+                    "were swapped; give it back its name"
+                )
+            for key in rank.iteration.keys() | first.iteration.keys():
+                if rank.iteration.get(key) != first.iteration.get(key):
                     raise ValueError(
-                        f"{path} is of {key} {rank.get(key)}, but {first_path} is of {first.get(key)}; "
-                        "all ranks must come from the same iteration"
+                        f"{rank.path} is of {key} {rank.iteration.get(key)}, but {first.path} is of "
+                        f"{first.iteration.get(key)}; all ranks must come from the same iteration"
                     )
-            if difference := rank["module"].keys() ^ first["module"].keys():
+            if difference := rank.tensors.keys() ^ first.tensors.keys():
                 name = min(difference)
-                owner, other = (path, first_path) if name in rank["module"] else (first_path, path)
-                raise ValueError(f"{owner} holds {name}, but {other} does not; all ranks must hold the same tensors")
-            for name, tensor in rank["module"].items():
-                expected = first["module"][name]
-                if (tensor.shape, tensor.dtype) != (expected.shape, expected.dtype):
+                owner, other = (rank, first) if name in rank.tensors else (first, rank)
+                raise ValueError(
+                    f"{owner.path} holds {name}, but {other.path} does not; all ranks must hold the same tensors"
+                )
+            for name, part in rank.tensors.items():
+                expected = first.tensors[name]
+                if (part.shape, part.dtype) != (expected.shape, expected.dtype):
                     raise ValueError(
-                        f"{path}: {name} is {_describe(tensor)}, but {_describe(expected)} in {first_path}; "
-                        "all ranks must hold parts of the same shape and dtype"
+                        f"{rank.path}: {name} is {describe(part.shape, part.dtype)}, but "
+                        f"{describe(expected.shape, expected.dtype)} in {first.path}; all ranks must hold parts of "
+                        "the same shape and dtype"
                     )
+        self._require_distinct_ranks()
+
+    def _require_distinct_ranks(self) -> None:
+        """Raise ValueError if all that should differ between ranks is equal on two of them, and not merely zero."""
+        cut = [name for name in self.names if shard_rule(name) != REPLICATED]
+        seen: dict[tuple, RankFile] = {}
+        for rank in self.ranks:
+            parts = [rank.tensors[to_sat_name(name)] for name in cut]
+            key = tuple((part.member.crc, part.offset - part.member.offset) for part in parts if part.member)
+            if (other := seen.setdefault(key, rank)) is not rank and any(map(_is_nonzero, parts)):
+                raise ValueError(
+                    f"{rank.path}: {parts[0].name} and all other tensors are those of {other.path}; one of them is a "
+                    "copy in place of another rank"
+                )
 
 
-def _iteration_folder(src: Path) -> Path:
-    """Return the folder with the rank files that `src` names."""
+def find_rank_files(src: Path) -> tuple[Path, dict[int, Path]]:
+    """
+    Return the iteration folder that `src` names, and the rank files in it by their ranks.
+
+    Raises:
+        FileNotFoundError: If `src`, its iteration folder or every rank file is missing.
+    """
     if not src.is_dir():
         raise FileNotFoundError(f"{src} is not a folder; expected a SAT checkpoint")
     latest = src / "latest"
@@ -137,10 +246,11 @@ def _iteration_folder(src: Path) -> Path:
         folder = src / iteration
         if not iteration or not folder.is_dir():
             raise FileNotFoundError(f"{latest} names {iteration!r}, but {src} has no folder of that name")
-    if not any(RANK_FILE.fullmatch(path.name) for path in folder.iterdir()):
+    found = {int(match[1]): path for path in folder.iterdir() if (match := RANK_FILE.fullmatch(path.name))}
+    if not found:
         expected = "latest or mp_rank_00_model_states.pt" if folder == src else "mp_rank_00_model_states.pt"
         raise FileNotFoundError(f"{folder} holds no SAT checkpoint; expected {expected} in it")
-    return folder
+    return folder, found
 
 
 def _rank_paths(folder: Path, found: Iterable[int], tp_size: int) -> list[Path]:
@@ -154,50 +264,37 @@ def _rank_paths(folder: Path, found: Iterable[int], tp_size: int) -> list[Path]:
     return paths
 
 
-def _load(path: Path) -> dict:
-    """Map a rank file and check that its `module` maps names to tensors of a model that is not quantized."""
-    try:
-        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} holds more than plain tensors or is damaged; refused, because reading it further could run code"
-        ) from error
-    except Exception as error:  # whatever torch trips over in a damaged file
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"{path} is not a complete zip file of torch.save, copy it again: {reason}") from error
-    module = content.get("module") if isinstance(content, dict) else None
-    if not isinstance(module, dict) or not module:
-        raise ValueError(f"{path} has no tensors under the key 'module'; expected a rank file of a SAT checkpoint")
-    for name, tensor in module.items():
-        if not isinstance(tensor, Tensor):
-            raise ValueError(f"{path}: {name} is a {type(tensor).__name__}; expected a tensor")
-        if name.endswith(".weight_scale") or tensor.dtype == torch.int8:
-            raise ValueError(
-                f"{path}: {name} is quantized; importing quantized SAT checkpoints is not supported yet, "
-                "convert the fp16 checkpoint instead"
-            )
-        if not tensor.is_floating_point():
-            raise ValueError(f"{path}: {name} is {_describe(tensor)}; expected floating point")
-    return content
-
-
-def _tp_size(path: Path, module: dict[str, Tensor]) -> int:
+def _tp_size(rank: RankFile) -> int:
     """Return the number of ranks, which the uncut final norm `(D)` and the cut bias `(3D/n)` tell."""
-    hidden_size = _get(path, module, "transformer.final_layernorm.weight").numel()
-    rows = _get(path, module, "transformer.layers.0.attention.query_key_value.bias").numel()
-    if not rows or 3 * hidden_size % rows:
+    name = "transformer.layers.0.attention.query_key_value.bias"
+    hidden_size, rows = _hidden_size(rank), prod(_get(rank, name).shape)
+    if 3 * hidden_size % rows:
         raise ValueError(
-            f"{path}: transformer.layers.0.attention.query_key_value.bias has {rows} elements; expected an equal "
-            f"share of {3 * hidden_size}, three times the size of transformer.final_layernorm.weight"
+            f"{rank.path}: {name} has {rows} elements; expected an equal share of {3 * hidden_size}, three times the "
+            "size of transformer.final_layernorm.weight"
         )
     return 3 * hidden_size // rows
 
 
-def _get(path: Path, module: dict[str, Tensor], name: str) -> Tensor:
-    if name not in module:
-        raise ValueError(f"{path}: {name} is missing; expected a complete GLM-130B checkpoint")
-    return module[name]
+def _hidden_size(rank: RankFile) -> int:
+    return prod(_get(rank, "transformer.final_layernorm.weight").shape)
 
 
-def _describe(tensor: Tensor) -> str:
-    return f"{tuple(tensor.shape)} {tensor.dtype}".replace("torch.", "")
+def _get(rank: RankFile, name: str) -> StoredTensor:
+    if name not in rank.tensors:
+        raise ValueError(f"{rank.path}: {name} is missing; expected a complete GLM-130B checkpoint")
+    return rank.tensors[name]
+
+
+def _read_whole(part: StoredTensor) -> Tensor:
+    with closing(RowReader(part)) as reader:
+        return reader.take(part.shape[0])
+
+
+def _is_nonzero(part: StoredTensor) -> bool:
+    with closing(RowReader(part)) as reader:
+        return any(bool(block.any()) for block in reader.blocks(part.shape[0]))
+
+
+def _have_equal_bytes(first: Tensor, second: Tensor) -> bool:
+    return torch.equal(first.contiguous().view(torch.uint8), second.contiguous().view(torch.uint8))

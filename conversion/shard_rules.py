@@ -5,6 +5,8 @@ Shapes: `n` ranks, `D` hidden, `F` inner width of the MLP, `V` vocabulary. What 
     ROW          (D, D/n), (D, F/n)            the rank's columns
     GATED        (2F/n, D), (2F/n)             the rank's F/n linear rows, then its F/n gate rows
     REPLICATED   (D)                           everything; a bias of a ROW weight is added once, after the sum
+A quantized weight has a scale `(rows, groups)`, which is cut as the weight is: a ROW weight that was quantized rank by
+rank has one group of columns per rank.
 """
 
 import re
@@ -40,40 +42,32 @@ class ShardRule:
             shape[self.dim] //= tp_size
         return tuple(shape)
 
-    def merge(self, parts: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
-        """
-        Join the parts of all ranks.
+    def full_shape(self, shard_shape: Sequence[int], tp_size: int) -> tuple[int, ...]:
+        """Return the shape of the tensor of which one rank holds a part of `shard_shape`."""
+        shape = list(shard_shape)
+        if self.dim is not None:
+            shape[self.dim] *= tp_size
+        return tuple(shape)
 
-        Args:
-            parts: One tensor per rank, in rank order. Of replicated parts, which must be equal, the first is taken.
-            out: Tensor of the full shape to write into, in any dtype; a new one in the dtype of the parts if None.
-
-        Returns:
-            The full tensor.
-        """
-        if out is None:
-            shape = list(parts[0].shape)
-            if self.dim is not None:
-                shape[self.dim] *= len(parts)
-            out = torch.empty(shape, dtype=parts[0].dtype, device=parts[0].device)
-        if self.dim is None:
-            return out.copy_(parts[0])
-        for rank, part in enumerate(parts):
-            view = self._view_of_rank(out, len(parts), rank)
-            view.copy_(part.reshape(view.shape))
-        return out
+    def merge(self, parts: Sequence[Tensor]) -> Tensor:
+        """Join the parts of all ranks, in rank order. Of replicated parts, which must be equal, the first is taken."""
+        if self.dim is None or len(parts) == 1:
+            return parts[0]
+        unfolded = [part.unflatten(self.dim, (self.blocks, -1)) for part in parts]
+        return torch.cat(unfolded, self.dim + 1).flatten(self.dim, self.dim + 1)
 
     def split(self, tensor: Tensor, tp_size: int) -> list[Tensor]:
         """Return the contiguous parts of all ranks, in rank order; ValueError if `tensor` cannot be cut evenly."""
-        shape = self.shard_shape(tensor.shape, tp_size)
+        self.shard_shape(tensor.shape, tp_size)
         if self.dim is None:
             return [tensor] * tp_size
-        return [self._view_of_rank(tensor, tp_size, rank).reshape(shape).contiguous() for rank in range(tp_size)]
+        parts = tensor.unflatten(self.dim, (self.blocks, -1)).chunk(tp_size, self.dim + 1)
+        return [part.flatten(self.dim, self.dim + 1).contiguous() for part in parts]
 
-    def _view_of_rank(self, tensor: Tensor, tp_size: int, rank: int) -> Tensor:
-        """Return what `rank` holds of a cut `tensor` as a view, with `dim` unfolded to `(blocks, size)`."""
-        assert self.dim is not None
-        return tensor.unflatten(self.dim, (self.blocks, tp_size, -1)).select(self.dim + 1, rank)
+    def row_runs(self, num_rows: int, tp_size: int) -> list[tuple[int, int]]:
+        """Return (rank, number of rows) for every run of one rank's rows in a tensor of `num_rows` cut by rows."""
+        assert self.dim == 0
+        return [(rank, num_rows // (self.blocks * tp_size)) for _ in range(self.blocks) for rank in range(tp_size)]
 
 
 COLUMN = ShardRule(dim=0)
@@ -101,5 +95,5 @@ SHARD_RULES = {
 
 
 def shard_rule(name: str) -> ShardRule:
-    """Return the rule of the model's parameter `name`; KeyError if the table does not have it."""
-    return SHARD_RULES[re.sub(r"^model\.layers\.\d+\.", "", name)]
+    """Return the rule of the model's parameter `name`, or of its scale; KeyError if the table does not have it."""
+    return SHARD_RULES[re.sub(r"^model\.layers\.\d+\.", "", name).removesuffix("_scale")]

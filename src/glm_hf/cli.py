@@ -23,13 +23,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     try:
         options.run(options)
-    except KeyboardInterrupt:
-        return fail("interrupted")
+    except KeyboardInterrupt as error:
+        return fail("; ".join(("interrupted", *getattr(error, "__notes__", ()))))
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output has left, as `head` does
         return 1
     except expected_errors() as error:
-        return fail(" ".join(str(error.__cause__ if is_wrapper(error) else error).split()))
+        reason = str(error.__cause__ if is_wrapper(error) else error)
+        return fail(" ".join("; ".join((reason, *getattr(error, "__notes__", ()))).split()))
     return 0
 
 
@@ -58,6 +59,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_convert(commands)
+    add_export_sat(commands)
+    add_reshard(commands)
+    add_verify(commands)
     add_fill(commands)
     add_export_hub(commands)
     return parser
@@ -81,21 +85,80 @@ def add_convert(commands: Any) -> None:
     )
     command.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), help="instead of the checkpoint's own")
     command.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest output file (default: 5GB)")
+    command.add_argument("--quantization", choices=("int8", "int4"), help="quantize the layers by the released rule")
+    command.add_argument("--dry-run", action="store_true", help="check everything, print the plan and write nothing")
+    command.add_argument("--no-resume", action="store_true", help="throw away what an interrupted run has left")
 
 
 def convert(options: argparse.Namespace) -> None:
     """Run `convert`."""
     from glm_hf.conversion import convert_sat_checkpoint
+    from glm_hf.conversion.convert import plan_conversion
+    from glm_hf.new_folder import require_space, require_vacant
 
-    convert_sat_checkpoint(
-        options.src,
-        options.dst,
-        config=options.config,
-        tokenizer=options.tokenizer,
-        dtype=options.dtype,
-        max_shard_size=options.max_shard_size,
-    )
+    settings = {
+        name: getattr(options, name) for name in ("config", "tokenizer", "dtype", "max_shard_size", "quantization")
+    }
+    if options.dry_run:
+        dst = Path(options.dst).resolve()
+        require_vacant(dst)
+        plan = plan_conversion(options.src, **settings)
+        print(plan.describe(dst))
+        require_space(dst, plan.num_bytes)
+        return
+    convert_sat_checkpoint(options.src, options.dst, **settings, resume=not options.no_resume)
     print(options.dst)
+
+
+def add_export_sat(commands: Any) -> None:
+    """Add `export-sat`."""
+    command = add_command(commands, "export-sat", export_sat, "Write a model as a checkpoint of the original code.")
+    command.add_argument("src", help="folder of the Hugging Face model")
+    command.add_argument("dst", help="new folder")
+    command.add_argument("--tp-size", type=int, required=True, metavar="N", help="number of tensor-parallel ranks")
+
+
+def export_sat(options: argparse.Namespace) -> None:
+    """Run `export-sat`."""
+    from glm_hf.conversion import export_sat_checkpoint
+
+    export_sat_checkpoint(options.src, options.dst, tp_size=options.tp_size)
+    print(options.dst)
+
+
+def add_reshard(commands: Any) -> None:
+    """Add `reshard`."""
+    command = add_command(commands, "reshard", reshard, "Cut a checkpoint for another number of ranks.")
+    command.add_argument("src", help="folder with `latest` and the mp_rank_*_model_states.pt files below it")
+    command.add_argument("dst", help="new folder")
+    command.add_argument("--tp-size", type=int, required=True, metavar="N", help="number of tensor-parallel ranks")
+
+
+def reshard(options: argparse.Namespace) -> None:
+    """Run `reshard`."""
+    from glm_hf.conversion import reshard_sat_checkpoint
+
+    reshard_sat_checkpoint(options.src, options.dst, tp_size=options.tp_size)
+    print(options.dst)
+
+
+def add_verify(commands: Any) -> None:
+    """Add `verify`."""
+    command = add_command(commands, "verify", verify, "Check a download, or that a conversion holds the same weights.")
+    command.add_argument("src", help="checkpoint as its authors released it, or Hugging Face folder")
+    command.add_argument("dst", nargs="?", help="what was made from it, to be compared tensor by tensor")
+
+
+def verify(options: argparse.Namespace) -> None:
+    """Run `verify`."""
+    from glm_hf.conversion import verify_checkpoint
+
+    report = verify_checkpoint(options.src, options.dst)
+    print(f"{report.num_tensors:,} tensors, {report.num_bytes:,} bytes checked, {len(report.problems)} problems")
+    for problem in report.problems:
+        print(problem)
+    if report.problems:
+        raise ValueError(f"{len(report.problems)} problems, the first: {report.problems[0]}")
 
 
 def add_fill(commands: Any) -> None:

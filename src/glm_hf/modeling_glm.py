@@ -15,6 +15,7 @@ Source: GLM-130B (arXiv 2210.02414), section 2; DeepNorm (arXiv 2203.00555).
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,6 +29,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, MaskedLMOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
 from transformers.processing_utils import Unpack
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -223,6 +225,15 @@ class GLMPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": GLMLayer, "attentions": GLMAttention}
+
+    def __init__(self, config: GLMConfig, *args: Any, **kwargs: Any) -> None:
+        quantization = getattr(config, "quantization_config", None)  # still a dict if transformers has skipped it
+        if isinstance(quantization, dict) and quantization.get("quant_method") not in AUTO_QUANTIZER_MAPPING:
+            raise ValueError(
+                f"the weights are quantized by {quantization.get('quant_method')!r}, for which nothing is registered "
+                "here, and their codes would be taken for weights; import glm_hf of a version that knows it"
+            )
+        super().__init__(config, *args, **kwargs)
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         """Initialise a module that was not loaded; the shortcut for custom code would skip blocks without weights."""

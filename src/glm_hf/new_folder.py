@@ -20,25 +20,32 @@ def require_vacant(dst: Path) -> None:
         raise FileExistsError(f"{dst} exists already; choose another folder or remove it")
 
 
+def free_space(dst: Path) -> int:
+    """Return the free bytes of the disk that `dst`, an absolute path, is to lie on."""
+    return shutil.disk_usage(next(parent for parent in dst.parents if parent.exists())).free
+
+
+def require_space(dst: Path, num_bytes: int) -> None:
+    """Raise OSError if the disk that `dst` is to lie on has less than `num_bytes` free."""
+    free = free_space(dst)
+    if free < num_bytes:
+        raise OSError(f"{dst.parent} needs {num_bytes:,} free bytes, but has {free:,}; free some space")
+
+
 @contextmanager
-def new_folder(dst: Path, num_bytes: int = 0) -> Iterator[Path]:
+def new_folder(dst: Path) -> Iterator[Path]:
     """
     Yield a hidden folder beside `dst` that is renamed to `dst` at the end, or removed on an error.
 
     Args:
         dst: Vacant destination; missing parents are made.
-        num_bytes: Space that the folder will take.
 
     Raises:
         FileExistsError: If a hidden folder is left from an earlier run that was killed.
-        OSError: If the disk has less than `num_bytes` free.
     """
     folder = dst.with_name(f".{dst.name}.partial")
     if folder.exists():
         raise FileExistsError(f"{folder} is left from an interrupted run; remove it and start again")
-    free = shutil.disk_usage(next(parent for parent in folder.parents if parent.exists())).free
-    if free < num_bytes:
-        raise OSError(f"{dst.parent} needs {num_bytes:,} free bytes, but has {free:,}; free some space")
     folder.mkdir(parents=True)
     try:
         yield folder

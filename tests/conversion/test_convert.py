@@ -14,7 +14,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 from glm_hf import GLMConfig
-from glm_hf.conversion import convert, convert_sat_checkpoint, sat_checkpoint
+from glm_hf.conversion import convert_sat_checkpoint, stored_tensor, streams
 from glm_hf.tokenization_glm import GLMTokenizer
 
 MIXIN_ROTARY = "mixins.rotary-embedding.rotary_emb.inv_freq"
@@ -260,13 +260,36 @@ class RecordingBar(tqdm):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads resident memory as Linux reports it")
-def test_memory_holds_two_of_the_largest_tensor_and_progress_counts_bytes(
-    random_module, special_ids, write_sat, tmp_path, monkeypatch
+@pytest.mark.parametrize("quantization", [None, "int4"])
+def test_memory_holds_some_blocks_and_progress_counts_bytes(
+    quantization, random_module, cut_module, special_ids, write_sat, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(convert, "tqdm", RecordingBar)
-    monkeypatch.setattr(sat_checkpoint, "MIN_BYTES_BETWEEN_MAPPINGS", 0)
-    module = random_module(hidden=1024, inner=2048, vocab=1024, layers=6)  # 6 x 21 MB, largest 8.4 MB
-    src = write_sat([{"module": module}])
-    convert_sat_checkpoint(src, tmp_path / "hf", config=special_ids | {"num_attention_heads": 8})
-    assert RecordingBar.bytes == RecordingBar.whole == sum(tensor.nbytes for tensor in module.values())
-    assert max(RecordingBar.memory) - RecordingBar.memory[0] < 2 * 8.4e6 + 8e6
+    monkeypatch.setattr(streams, "tqdm", RecordingBar)
+    monkeypatch.setattr(stored_tensor, "BLOCK_BYTES", 2**18)
+    module = random_module(hidden=1024, inner=2048, vocab=8192, layers=3)  # 80 MB, largest 17 MB
+    src = write_sat(cut_module(module, 2))
+    config = special_ids | {"num_attention_heads": 8}
+    convert_sat_checkpoint(src, tmp_path / "first", config=config, quantization=quantization)  # allocates what stays
+    convert_sat_checkpoint(src, tmp_path / "hf", config=config, quantization=quantization)
+    assert RecordingBar.bytes == RecordingBar.whole == sum(t.nbytes for t in read_weights(tmp_path / "hf").values())
+    assert max(RecordingBar.memory) - RecordingBar.memory[0] < 8e6
+
+
+@pytest.mark.parametrize("value", [70000.0, -70000.0])
+def test_values_that_float16_cannot_hold_are_refused(value, golden_ranks, golden_special_ids, write_sat, tmp_path):
+    for rank in golden_ranks:
+        rank["module"] = {name: tensor.float() for name, tensor in rank["module"].items()}
+    golden_ranks[1]["module"]["transformer.layers.1.attention.dense.weight"][3, 5] = value
+    src = write_sat(golden_ranks)
+    for options in ({"dtype": "float16"}, {"quantization": "int8"}):
+        with pytest.raises(ValueError, match=r"layers.1.attention.dense.weight.*(beyond 65504|finite in fp16)"):
+            convert_sat_checkpoint(src, tmp_path / "hf", config=golden_special_ids, **options)
+    convert_sat_checkpoint(src, tmp_path / "hf", config=golden_special_ids, dtype="bfloat16")
+
+
+def test_infinite_weights_are_kept(golden_ranks, golden_special_ids, write_sat, tmp_path):
+    for rank in golden_ranks:
+        rank["module"] = {name: tensor.float() for name, tensor in rank["module"].items()}
+    golden_ranks[1]["module"]["transformer.layers.1.attention.dense.weight"][3, 5] = float("inf")
+    convert_sat_checkpoint(write_sat(golden_ranks), tmp_path / "hf", config=golden_special_ids, dtype="float16")
+    assert read_weights(tmp_path / "hf")["model.layers.1.attention.dense.weight"][3, 37] == float("inf")

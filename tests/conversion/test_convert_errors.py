@@ -1,9 +1,6 @@
 """Bad input gets one clear line, runs no code and changes nothing."""
 
-import copy
-import errno
 import json
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +12,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from glm_hf import GLMConfig
-from glm_hf.conversion import convert, convert_sat_checkpoint
+from glm_hf.conversion import convert_sat_checkpoint
 
 EMBEDDING = "transformer.word_embeddings.weight"
 DENSE = "transformer.layers.1.attention.dense"
@@ -72,6 +69,30 @@ def test_iteration_folder_without_rank_files(refuse, golden_copy):
     refuse(golden_copy, r"49300 holds no SAT checkpoint; expected mp_rank_00_model_states.pt in it", FileNotFoundError)
 
 
+def test_swapped_ranks(refuse, golden_copy, tmp_path):
+    rank_file(golden_copy, 1).rename(tmp_path / "kept")
+    rank_file(golden_copy, 2).rename(rank_file(golden_copy, 1))
+    (tmp_path / "kept").rename(rank_file(golden_copy, 2))
+    refuse(
+        golden_copy, r"mp_rank_01\S+ was saved as mp_rank_02_model_states.pt: it was renamed, or files were swapped"
+    )
+
+
+@pytest.mark.parametrize("is_named", [True, False])
+def test_copy_in_place_of_another_rank(is_named, refuse, golden_ranks, golden_copy):
+    if is_named:
+        shutil.copy(rank_file(golden_copy, 0), rank_file(golden_copy, 3))
+        refuse(golden_copy, r"mp_rank_03\S+ was saved as mp_rank_00_model_states.pt")
+        return
+    for rank in range(4):
+        content = torch.load(rank_file(golden_copy, 0 if rank == 3 else rank), weights_only=True)
+        with open(rank_file(golden_copy, rank), "wb") as file:
+            torch.save(content, file)  # the file does not know its name
+    refuse(
+        golden_copy, rf"mp_rank_03\S+: {EMBEDDING} and all other tensors are those of \S+mp_rank_00\S+; one of them"
+    )
+
+
 @pytest.mark.parametrize("rank", range(4))
 def test_missing_rank_first_middle_or_last(rank, refuse, golden_copy):
     rank_file(golden_copy, rank).unlink()
@@ -105,6 +126,17 @@ def test_ranks_of_two_iterations(key, refuse, golden_ranks, write_sat):
 def test_replicated_tensor_that_differs_between_ranks(name, refuse, golden_ranks, write_sat):
     golden_ranks[1]["module"][name][5] += 1
     refuse(write_sat(golden_ranks), rf"{name} must be equal on all ranks, but rank 0 and ranks \[1\] differ")
+
+
+@pytest.mark.parametrize("name", [EMBEDDING, f"{DENSE}.bias", f"{DENSE}.weight"])
+def test_flipped_bit_of_a_weight(name, refuse, golden_copy):
+    weight = torch.load(rank_file(golden_copy, 2), weights_only=True)["module"][name].numpy().tobytes()
+    content = bytearray(rank_file(golden_copy, 2).read_bytes())
+    content[content.index(weight) + 5] ^= 16
+    rank_file(golden_copy, 2).write_bytes(content)
+    refuse(
+        golden_copy, rf"mp_rank_02_model_states.pt: {name} is damaged: its CRC-32 is \w{{8}}, but \w{{8}} was written"
+    )
 
 
 @pytest.mark.parametrize("share", [0.3, 0.9, 0.999])
@@ -236,12 +268,30 @@ def test_dtype_that_cannot_be_written(dtype, refuse):
     refuse(DATA / "cfg1/sat_tp1", r"dtype must be one of float16, bfloat16, float32, got", dtype=dtype)
 
 
-@pytest.mark.parametrize("name", [f"{QKV}.weight", f"{QKV}.weight_scale"])
-def test_quantized_tensor(name, refuse, golden_ranks, write_sat):
-    dtype = torch.float16 if name.endswith("scale") else torch.int8
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (f"{QKV}.weight", r"transformer.layers.0.attention.query_key_value.weight_scale is missing"),
+        (f"{DENSE}.weight", rf"{DENSE}.weight is quantized, but floating point was expected"),
+        (f"{QKV}.weight_scale", r"weight_scale is unknown"),
+    ],
+)
+def test_checkpoint_that_is_quantized_in_part(name, message, refuse, golden_ranks, write_sat):
     for rank in golden_ranks:
-        rank["module"][name] = torch.ones(96, 64).to(dtype)
-    refuse(write_sat(golden_ranks), rf"{name} is quantized; importing quantized SAT checkpoints is not supported yet")
+        if name.endswith("_scale"):
+            rank["module"][name] = torch.ones(96).half()
+        else:
+            rank["module"][name] = torch.ones_like(rank["module"][name], dtype=torch.int8)
+    refuse(write_sat(golden_ranks), message)
+
+
+def test_quantization_that_is_none(refuse):
+    refuse(DATA / "cfg1/sat_tp1", r"quantization must be one of int8, int4, got int3", quantization="int3")
+
+
+def test_quantized_checkpoint_does_not_become_quantized_in_another_way(refuse):
+    message = r"49300 is quantized to int4 already and cannot become int8; convert the checkpoint that is not"
+    refuse(DATA / "cfg2/sat_int4_tp2", message, config=golden_config("cfg2"), quantization="int8")
 
 
 def test_small_vocabulary_without_special_ids(refuse):
@@ -348,47 +398,14 @@ def test_mount_point_in_place_of_the_folder(golden_special_ids):
         convert_sat_checkpoint(DATA / "cfg1/sat_tp1", "/proc", config=golden_special_ids)
 
 
-def test_remains_of_an_interrupted_conversion(refuse, tmp_path):
+def test_hidden_folder_of_something_else(refuse, tmp_path):
     (tmp_path / ".hf.partial").mkdir()
-    refuse(DATA / "cfg1/sat_tp1", r"\.hf\.partial is left from an interrupted run; remove it", FileExistsError)
+    (tmp_path / ".hf.partial" / "config.json").write_text("{}")
+    message = r"\.hf\.partial is not of an interrupted conversion; remove it or choose another destination"
+    refuse(DATA / "cfg1/sat_tp1", message, FileExistsError)
 
 
 def test_disk_with_too_little_space(refuse, monkeypatch):
     usage = shutil.disk_usage("/")._replace(free=1000)
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     refuse(DATA / "cfg1/sat_tp1", r"needs 327,360 free bytes, but has 1,000; free some space", OSError)
-
-
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt("stop")])
-def test_failure_half_way_leaves_nothing(error, refuse, monkeypatch):
-    whole = convert.write_shard
-
-    def fail_at_second(path: Path, *args) -> None:
-        whole(path, *args)
-        if "00002" in path.name:
-            raise copy.copy(error)
-
-    monkeypatch.setattr(convert, "write_shard", fail_at_second)
-    refuse(DATA / "cfg1/sat_tp2", re.escape(str(error)), type(error), max_shard_size="100KB")
-
-
-def test_folder_appears_by_renaming(refuse, monkeypatch):
-    def fail(path: Path, target: Path) -> None:
-        raise OSError("cannot rename")
-
-    monkeypatch.setattr(Path, "rename", fail)
-    refuse(DATA / "cfg1/sat_tp2", r"cannot rename", OSError)
-
-
-def test_nothing_that_loads_exists_before_the_end(golden_special_ids, tmp_path, monkeypatch):
-    seen = []
-    whole = convert.write_index
-
-    def look(folder: Path, *args) -> None:
-        whole(folder, *args)
-        seen.append((folder.parent, folder.name, (folder / "config.json").exists(), (tmp_path / "hf").exists()))
-
-    monkeypatch.setattr(convert, "write_index", look)
-    convert_sat_checkpoint(DATA / "cfg1/sat_tp2", tmp_path / "hf", config=golden_special_ids)
-    assert seen == [(tmp_path, ".hf.partial", False, False)]
-    assert [path.name for path in tmp_path.iterdir()] == ["hf"]

@@ -1,11 +1,13 @@
 import json
+from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from glm_hf.conversion.safetensors_writer import plan_shards, write_index, write_shard
+from glm_hf.conversion.safetensors_writer import ShardFile, plan_shards, write_index
 
 TENSORS = {
     "b.weight": torch.randn(3, 5).half(),
@@ -14,13 +16,20 @@ TENSORS = {
 }
 
 
-def on_meta(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.to("meta") for name, tensor in tensors.items()}
+def as_units(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """Return every tensor, on meta, as a group of its own."""
+    return {name: {name: tensor.to("meta")} for name, tensor in tensors.items()}
+
+
+def write_shard(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    with ShardFile("model.safetensors", as_units(tensors)).open(folder) as write:
+        for name, tensor in tensors.items():
+            write(name, tensor)
 
 
 @pytest.fixture
 def shard(tmp_path):
-    write_shard(tmp_path / "model.safetensors", on_meta(TENSORS), TENSORS.__getitem__)
+    write_shard(tmp_path, TENSORS)
     return tmp_path / "model.safetensors"
 
 
@@ -40,7 +49,7 @@ def test_metadata_names_the_format(shard):
 def test_tensors_begin_at_a_multiple_of_eight_bytes(tmp_path):
     for size in range(1, 9):
         tensors = {"x" * size: torch.ones(1)}
-        write_shard(tmp_path / "model.safetensors", on_meta(tensors), tensors.__getitem__)
+        write_shard(tmp_path, tensors)
         assert int.from_bytes((tmp_path / "model.safetensors").read_bytes()[:8], "little") % 8 == 0
         assert load_file(tmp_path / "model.safetensors") == tensors
 
@@ -54,23 +63,37 @@ def test_tensors_lie_in_the_given_order_after_the_header(shard):
     assert len(content) == 8 + length + sum(tensor.nbytes for tensor in TENSORS.values())
 
 
-def test_reads_one_tensor_at_a_time_in_order(tmp_path):
-    order = []
-    buffer = torch.empty(2)
-
-    def read(name: str) -> torch.Tensor:
-        order.append(name)
-        return buffer.fill_(len(order))
-
-    write_shard(tmp_path / "model.safetensors", {name: torch.empty(2, device="meta") for name in "bca"}, read)
-    assert order == list("bca")
+def test_tensors_are_written_in_blocks_of_rows(tmp_path):
+    tensors = {"a": torch.randn(5, 3), "b": torch.arange(4).to(torch.uint8)}
+    shard = ShardFile("model.safetensors", as_units(tensors))
+    with shard.open(tmp_path) as write:
+        for name, tensor in tensors.items():
+            for block in tensor.split(2):
+                write(name, block)
     loaded = load_file(tmp_path / "model.safetensors")
-    assert [loaded[name][0].item() for name in "bca"] == [1, 2, 3]
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
 
 
-def test_tensor_that_differs_from_the_plan_is_a_bug(tmp_path):
+@pytest.mark.parametrize("written", [{"a": torch.zeros(2).half()}, {"b": torch.zeros(2)}, {"a": torch.zeros(1)}])
+def test_tensor_that_differs_from_the_plan_is_a_bug(written, tmp_path):
+    shard = ShardFile("model.safetensors", as_units({"a": torch.zeros(2)}))
+
+    def write_all() -> None:
+        with shard.open(tmp_path) as write:
+            for name, tensor in written.items():
+                write(name, tensor)
+
     with pytest.raises(AssertionError):
-        write_shard(tmp_path / "model.safetensors", on_meta(TENSORS), lambda name: torch.zeros(3, 5))
+        write_all()
+
+
+def test_half_written_shard_does_not_load(tmp_path):
+    with ExitStack() as stack:
+        write = stack.enter_context(ShardFile("model.safetensors", as_units(TENSORS)).open(tmp_path))
+        write("b.weight", TENSORS["b.weight"])
+        stack.pop_all()  # as if the process were killed here
+    with pytest.raises(SafetensorError):
+        load_file(tmp_path / "model.safetensors")
 
 
 def test_shards_fill_up_in_order():
@@ -78,22 +101,29 @@ def test_shards_fill_up_in_order():
         name: torch.empty(size, dtype=torch.float16, device="meta")
         for name, size in zip("cab", (3, 2, 4), strict=True)
     }
-    shards = plan_shards(tensors, 10)
-    assert {file: list(shard) for file, shard in shards.items()} == {
+    shards = plan_shards(as_units(tensors), 10)
+    assert {shard.label: list(shard.tensors) for shard in shards} == {
         "model-00001-of-00002.safetensors": ["c", "a"],
         "model-00002-of-00002.safetensors": ["b"],
     }
 
 
+def test_groups_stay_together():
+    weight, scale, other = (torch.empty(size, dtype=torch.uint8, device="meta") for size in (6, 2, 3))
+    shards = plan_shards({"a": {"a": weight, "a_scale": scale}, "b": {"b": other}}, 7)
+    assert [list(shard.tensors) for shard in shards] == [["a", "a_scale"], ["b"]]
+    assert [shard.num_bytes for shard in shards] == [8, 3]
+
+
 def test_single_shard_has_neither_number_nor_index(tmp_path):
-    shards = plan_shards(on_meta(TENSORS), "1KB")
-    assert list(shards) == ["model.safetensors"]
+    shards = plan_shards(as_units(TENSORS), "1KB")
+    assert [shard.label for shard in shards] == ["model.safetensors"]
     write_index(tmp_path, shards)
     assert not any(tmp_path.iterdir())
 
 
 def test_index_finds_every_tensor(tmp_path):
-    write_index(tmp_path, plan_shards(on_meta(TENSORS), 44))
+    write_index(tmp_path, plan_shards(as_units(TENSORS), 44))
     assert json.loads((tmp_path / "model.safetensors.index.json").read_text()) == {
         "metadata": {"total_parameters": 30, "total_size": 76},
         "weight_map": {
@@ -107,4 +137,4 @@ def test_index_finds_every_tensor(tmp_path):
 @pytest.mark.parametrize("size", ["5 parsecs", "many GB"])
 def test_shard_size_that_is_none_is_refused(size):
     with pytest.raises(ValueError, match=size.split()[0]):
-        plan_shards(on_meta(TENSORS), size)
+        plan_shards(as_units(TENSORS), size)

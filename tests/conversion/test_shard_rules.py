@@ -56,11 +56,21 @@ def test_shard_shape_is_that_of_a_shard(rule):
     assert rule.shard_shape(MATRIX.shape, 2) == rule.split(MATRIX, 2)[0].shape
 
 
-def test_merge_writes_into_out_in_its_dtype():
-    out = torch.empty(4, dtype=torch.float32)
-    merged = COLUMN.merge([torch.tensor([1.5, 2.5], dtype=torch.float16)] * 2, out)
-    assert merged is out
-    assert out.tolist() == [1.5, 2.5, 1.5, 2.5]
+@pytest.mark.parametrize("rule", [COLUMN, ROW, GATED, REPLICATED])
+def test_full_shape_is_that_of_the_merged_tensor(rule):
+    assert rule.full_shape(rule.shard_shape(MATRIX.shape, 2), 2) == MATRIX.shape
+
+
+@pytest.mark.parametrize("rule", [COLUMN, GATED])
+def test_row_runs_tell_whose_rows_follow_each_other(rule):
+    parts = [iter(part) for part in rule.split(MATRIX, 2)]
+    rows = [next(parts[rank]) for rank, num_rows in rule.row_runs(len(MATRIX), 2) for _ in range(num_rows)]
+    assert torch.equal(torch.stack(rows), MATRIX)
+
+
+def test_scale_is_cut_as_its_weight_is():
+    assert shard_rule("model.layers.3.mlp.dense_h_to_4h.weight_scale") == GATED
+    assert shard_rule("model.layers.3.attention.dense.weight_scale") == ROW
 
 
 @pytest.mark.parametrize(("rule", "tp_size"), [(COLUMN, 3), (ROW, 8), (GATED, 8)])

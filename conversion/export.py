@@ -1,0 +1,140 @@
+"""Write SAT checkpoints, as the original code loads them: from Hugging Face folders, or at another number of ranks."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glm_hf.configuration_glm import GLMConfig
+from glm_hf.conversion.checkpoint_config import sizes_config
+from glm_hf.conversion.model_folder import ModelFolder
+from glm_hf.conversion.model_tensors import model_tensors
+from glm_hf.conversion.name_map import rotary_buffer_name, to_sat_name
+from glm_hf.conversion.partial_folder import write_in_segments
+from glm_hf.conversion.rank_writer import SEGMENT_BYTES, RankSegment
+from glm_hf.conversion.sat_checkpoint import SatCheckpoint
+from glm_hf.conversion.shard_rules import ROW, shard_rule
+from glm_hf.conversion.torch_zip import TorchZip
+from glm_hf.rotary_glm import inverse_frequencies
+
+
+def export_sat_checkpoint(src: str | Path, dst: str | Path, *, tp_size: int) -> None:
+    """
+    Write the weights of a model folder as a SAT checkpoint, which the original code loads.
+
+    Weights keep their dtype; quantized ones their codes and scales. Interrupted, the same call goes on where it was.
+
+    Args:
+        src: Folder of `GLMForBlankInfilling`, as the converter and `save_pretrained` write it.
+        dst: Folder to create, with `latest` and `release/mp_rank_RR_model_states.pt`; may exist if it is empty.
+        tp_size: Number of tensor-parallel ranks; must divide the heads.
+
+    Raises:
+        FileNotFoundError: If `src` lacks a file.
+        FileExistsError: If `dst` holds something already.
+        ValueError: If `src` is not such a model or is damaged, or cannot be cut into `tp_size` ranks.
+        OSError: If the disk has too little space, or another process is writing to `dst`.
+    """
+    source = ModelFolder(src)
+    if not source.config.tie_word_embeddings:
+        raise ValueError(f"{src} has an output matrix of its own, which SAT checkpoints of GLM-130B cannot hold")
+    _require_heads(source.config.num_attention_heads, tp_size)
+    _write_sat(source, Path(dst), tp_size, source.config, "release", {})
+
+
+def reshard_sat_checkpoint(src: str | Path, dst: str | Path, *, tp_size: int) -> None:
+    """
+    Write a SAT checkpoint again for another number of tensor-parallel ranks.
+
+    Interrupted, the same call goes on where it was.
+
+    Args:
+        src: Folder with `latest` and an iteration folder of `mp_rank_RR_model_states.pt`, or that iteration folder.
+        dst: Folder to create, with `latest` and an iteration folder of the same name; may exist if it is empty.
+        tp_size: Number of tensor-parallel ranks to write; must divide the heads. Of a quantized checkpoint, a
+            multiple of its own number, since every rank has scales for its own columns.
+
+    Raises:
+        FileNotFoundError: If a file of `src` is missing.
+        FileExistsError: If `dst` holds something already.
+        ValueError: If `src` is damaged or incomplete, or cannot be cut into `tp_size` ranks.
+        OSError: If the disk has too little space, or another process is writing to `dst`.
+    """
+    source = SatCheckpoint(src)
+    config = sizes_config(source)
+    source.require(model_tensors(config, torch.float16, bits=source.bits, row_parallel_groups=source.tp_size))
+    if source.head_dim:
+        _require_heads(config.num_attention_heads, tp_size)
+    elif config.hidden_size == GLMConfig().hidden_size:
+        _require_heads(GLMConfig().num_attention_heads, tp_size)
+    elif source.tp_size % tp_size:
+        raise ValueError(
+            f"{source.folder} does not tell how many heads it has, as it holds no rotary frequencies; tp_size must "
+            f"divide its own number of ranks ({source.tp_size}), got {tp_size}"
+        )
+    _write_sat(source, Path(dst), tp_size, config if source.head_dim else None, source.folder.name, source.iteration)
+
+
+def _require_heads(num_heads: int, tp_size: int) -> None:
+    if tp_size < 1 or num_heads % tp_size:
+        raise ValueError(f"tp_size must divide num_attention_heads ({num_heads}), got {tp_size}")
+
+
+def _write_sat(
+    source: ModelFolder | SatCheckpoint,
+    dst: Path,
+    tp_size: int,
+    rotary_config: GLMConfig | None,
+    iteration: str,
+    content: dict[str, Any],
+) -> None:
+    """Write all tensors of `source`, and the rotary frequencies of `rotary_config` if it is given."""
+    tensors = source.tensors
+    parts = {to_sat_name(name): _rank_part(name, tensor, tp_size) for name, tensor in tensors.items()}
+    rotary = {}
+    if rotary_config is not None:
+        frequencies = inverse_frequencies(rotary_config)[0].half()
+        rotary = {rotary_buffer_name(layer): frequencies for layer in range(rotary_config.num_hidden_layers)}
+    roots = [f"mp_rank_{rank:02d}_model_states" for rank in range(tp_size)]
+    files = {f"{iteration}/{root}.pt": TorchZip(root, parts, rotary, content) for root in roots}
+    segments = [RankSegment(files, tensors, names) for names in _grouped(tensors)]
+
+    def blocks_of(segment: RankSegment) -> Iterator[tuple[str, Tensor]]:
+        for name in segment.names:
+            for block in source.read(name):
+                yield name, block
+
+    def finish(folder: Path) -> None:
+        (folder / "latest").write_text(f"{iteration}\n", encoding="utf-8")
+
+    write_in_segments(dst.resolve(), segments, blocks_of, finish, sources=source.sources)
+
+
+def _rank_part(name: str, tensor: Tensor, tp_size: int) -> Tensor:
+    """Return what every rank holds of a tensor, on meta; a scale `(rows, groups)` has one column, which is dropped."""
+    if not name.endswith("_scale"):
+        return torch.empty(shard_rule(name).shard_shape(tensor.shape, tp_size), dtype=tensor.dtype, device="meta")
+    num_rows, num_groups = tensor.shape
+    if tp_size % num_groups:
+        raise ValueError(
+            f"tp_size must be a multiple of {num_groups}, the number of ranks that quantized the model, so that every "
+            f"rank has one scale per row, got {tp_size}"
+        )
+    if shard_rule(name) != ROW:
+        [num_rows, _] = shard_rule(name).shard_shape(tensor.shape, tp_size)
+    return torch.empty(num_rows, dtype=tensor.dtype, device="meta")
+
+
+def _grouped(tensors: dict[str, Tensor]) -> list[list[str]]:
+    """Return the names of `tensors` in runs of about `SEGMENT_BYTES`."""
+    groups: list[list[str]] = [[]]
+    num_bytes = 0
+    for name, tensor in tensors.items():
+        if groups[-1] and num_bytes + tensor.nbytes > SEGMENT_BYTES:
+            groups.append([])
+            num_bytes = 0
+        groups[-1].append(name)
+        num_bytes += tensor.nbytes
+    return groups

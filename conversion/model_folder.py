@@ -1,0 +1,149 @@
+"""Read the weights of a Hugging Face model folder, quantized or not, in blocks of rows, without loading them.
+
+The folder holds config.json and model.safetensors, or shards with model.safetensors.index.json, as the converter and
+`save_pretrained` write them. safetensors files have no checksums.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from glm_hf.configuration_glm import GLMConfig
+from glm_hf.conversion.model_tensors import QUANT_METHOD, model_tensors
+from glm_hf.conversion.safetensors_writer import DTYPE_NAMES
+from glm_hf.conversion.shard_rules import REPLICATED
+from glm_hf.conversion.stored_tensor import StoredTensor, contiguous_stride
+from glm_hf.conversion.streams import read_merged
+
+INDEX = "model.safetensors.index.json"
+
+
+class ModelFolder:
+    """
+    The configuration and the stored tensors of `GLMForBlankInfilling`.
+
+    Args:
+        src: The folder.
+
+    Attributes:
+        config: The model's configuration, without that of the quantization.
+        bits: Bits of the quantized weights, None if they are not quantized.
+        row_parallel_groups: Scales per row of the row-parallel weights.
+
+    Raises:
+        FileNotFoundError: If the folder or one of its files is missing.
+        ValueError: If it is not a model of this type, a file is damaged, or the tensors are not those of the model.
+    """
+
+    def __init__(self, src: str | Path) -> None:
+        self._folder = Path(src)
+        fields = _read_json(self._folder / "config.json")
+        if fields.get("model_type") != GLMConfig.model_type:
+            raise ValueError(f"{src} must be a model of type {GLMConfig.model_type}, got {fields.get('model_type')}")
+        quantization = fields.pop("quantization_config", None) or {}
+        if quantization and (quantization.get("quant_method"), quantization.get("group_size")) != (QUANT_METHOD, None):
+            raise ValueError(f"{src} is quantized in a way that SAT checkpoints do not know: {quantization}")
+        self.bits: int | None = quantization.get("bits")
+        self.row_parallel_groups: int = quantization.get("row_parallel_groups", 1)
+        try:
+            self.config = GLMConfig.from_dict(fields)
+        except StrictDataclassError as error:
+            raise ValueError(f"{src}/config.json is not valid: {error.__cause__}") from error
+        paths = self._paths()
+        self._stored = {stored.name: stored for path in paths for stored in _read_header(path)}
+        self._require_model()
+        self.sources = {path.name: _fingerprint(path) for path in paths}
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors, on meta by name and in the order of the model."""
+        return {
+            name: torch.empty(self._stored[name].shape, dtype=self._stored[name].dtype, device="meta")
+            for name in self._expected()
+        }
+
+    def read(self, name: str) -> Iterator[Tensor]:
+        """Yield the tensor `name` in blocks of rows."""
+        return read_merged(REPLICATED, [self._stored[name]])
+
+    def _expected(self) -> dict[str, Tensor]:
+        return model_tensors(self.config, torch.float16, bits=self.bits, row_parallel_groups=self.row_parallel_groups)
+
+    def _paths(self) -> list[Path]:
+        """Return the safetensors files, all of which exist."""
+        names = {"model.safetensors"}
+        if (self._folder / INDEX).is_file():
+            names = set(_read_json(self._folder / INDEX)["weight_map"].values())
+        if missing := sorted(name for name in names if not (self._folder / name).is_file()):
+            raise FileNotFoundError(
+                f"{self._folder} lacks {', '.join(missing)}; expected a model with all its weights"
+            )
+        return [self._folder / name for name in sorted(names)]
+
+    def _require_model(self) -> None:
+        """Raise ValueError unless the files hold exactly the tensors of the model."""
+        expected = self._expected()
+        if difference := sorted(expected.keys() ^ self._stored.keys()):
+            state = "is missing" if difference[0] in expected else "is unknown"
+            raise ValueError(f"{self._folder}: {difference[0]} {state}; expected the tensors of GLMForBlankInfilling")
+        for name, tensor in expected.items():
+            stored = self._stored[name]
+            is_right_kind = (
+                stored.dtype == tensor.dtype or stored.dtype.is_floating_point and tensor.dtype.is_floating_point
+            )
+            if stored.shape != tensor.shape or not is_right_kind:
+                raise ValueError(
+                    f"{stored.path}: {name} is {stored.shape} {stored.dtype}, but config.json tells "
+                    f"{tuple(tensor.shape)} {tensor.dtype}"
+                )
+
+
+def _read_header(path: Path) -> list[StoredTensor]:
+    """Return where the tensors of a safetensors file lie."""
+    try:
+        with safe_open(path, framework="pt"):  # the library checks the header and the size of the file
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}; make the folder again") from error
+    dtypes = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        entries = json.loads(file.read(length))
+    stored = []
+    for name, entry in entries.items():
+        if name != "__metadata__":
+            if entry["dtype"] not in dtypes:
+                raise ValueError(f"{path}: {name} is {entry['dtype']}; expected one of {', '.join(dtypes)}")
+            shape = tuple(entry["shape"])
+            offset = 8 + length + entry["data_offsets"][0]
+            stored.append(StoredTensor(path, name, dtypes[entry["dtype"]], shape, contiguous_stride(shape), offset))
+    return stored
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    """Return size, time of change and a hash of the header of a safetensors file."""
+    with open(path, "rb") as file:
+        header = file.read(8)
+        header += file.read(int.from_bytes(header, "little"))
+    status = path.stat()
+    return {
+        "size": status.st_size,
+        "changed_ns": status.st_mtime_ns,
+        "header": hashlib.sha256(header).hexdigest(),
+    }
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; expected a model folder")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not a JSON file: {error}") from error

@@ -1,0 +1,85 @@
+"""Quantize weights to INT8 or INT4 and back, in plain torch: the released rule, and what kernels must equal.
+
+Shapes: `N` output features, `K` input features, `G` groups of `K/G` input features.
+
+Stored layout of one quantized matrix:
+    weight        int8 (N, K) for 8 bits; uint8 (N, K/2) for 4 bits, the even input feature in the high nibble and the
+                  odd one in the low nibble, both as two's complement
+    weight_scale  fp16 (N, G); G = 1 (one scale per row) is the released form
+A weight is `code * weight_scale`. Codes lie in [-127, 127] and [-7, 7].
+Source: GLM-130B (arXiv 2210.02414), section 2.5 and appendix B; the released code rounds scale and quotient to fp16.
+"""
+
+import torch
+from torch import Tensor
+
+LARGEST_CODES = {8: 127, 4: 7}
+
+
+def quantize_weight(weight: Tensor, *, bits: int, group_size: int | None = None) -> tuple[Tensor, Tensor]:
+    """
+    Quantize a matrix symmetrically, with one scale per row or per group of a row.
+
+    Scale and quotient are rounded to fp16, as the released tool does, so that codes are the same bit for bit. Codes
+    that this rounding would push out of range, in rows with weights below 0.001 only, are clamped.
+
+    Args:
+        weight: `(N, K)`, floating point; taken in fp16.
+        bits: 8 or 4.
+        group_size: Input features per scale, which must divide `K`; the whole row by default.
+
+    Returns:
+        `weight` and `weight_scale` in the stored layout.
+
+    Raises:
+        ValueError: If `bits` or `group_size` does not fit, or a weight is not finite in fp16.
+    """
+    largest, num_columns = _largest_code(bits), weight.shape[-1]
+    group_size = num_columns if group_size is None else group_size
+    if group_size < 1 or num_columns % group_size or (bits == 4 and group_size % 2):
+        raise ValueError(
+            f"group_size must divide the {num_columns} input features{' and be even' * (bits == 4)}, got {group_size}"
+        )
+    groups = weight.half().unflatten(-1, (-1, group_size))  # (N, G, K/G)
+    weight_scale = (groups.abs().amax(-1) / largest).half()  # (N, G)
+    if not weight_scale.isfinite().all():
+        raise ValueError("weights must be finite in fp16 to be quantized, but some are infinite or not a number")
+    divisor = weight_scale.masked_fill(weight_scale == 0, 1)[..., None]
+    codes = (groups / divisor).round_().clamp_(-largest, largest).to(torch.int8).flatten(-2)  # (N, K)
+    return (pack_int4(codes) if bits == 4 else codes), weight_scale
+
+
+def dequantize_weight(weight: Tensor, weight_scale: Tensor, bits: int) -> Tensor:
+    """
+    Return the fp16 matrix `(N, K)` that a quantized one stands for, each product rounded once.
+
+    Args:
+        weight: Codes in the stored layout.
+        weight_scale: `(N, G)` fp16.
+        bits: 8 or 4.
+
+    Raises:
+        ValueError: If `bits` is neither 8 nor 4.
+    """
+    _largest_code(bits)
+    codes = unpack_int4(weight) if bits == 4 else weight  # (N, K)
+    groups = codes.half().unflatten(-1, (weight_scale.shape[-1], -1))  # (N, G, K/G)
+    return (groups * weight_scale[..., None]).flatten(-2)
+
+
+def pack_int4(codes: Tensor) -> Tensor:
+    """Pack int8 codes `(..., K)` of 4 bits, in [-8, 7], into uint8 `(..., K/2)`; `K` must be even."""
+    even, odd = codes.view(torch.uint8).unflatten(-1, (-1, 2)).unbind(-1)
+    return (even << 4) | (odd & 15)
+
+
+def unpack_int4(packed: Tensor) -> Tensor:
+    """Return the int8 codes `(..., K)` that `pack_int4` has packed into uint8 `(..., K/2)`."""
+    even, odd = packed.view(torch.int8) >> 4, (packed << 4).view(torch.int8) >> 4
+    return torch.stack((even, odd), dim=-1).flatten(-2)
+
+
+def _largest_code(bits: int) -> int:
+    if bits not in LARGEST_CODES:
+        raise ValueError(f"bits must be 8 or 4, got {bits}")
+    return LARGEST_CODES[bits]
