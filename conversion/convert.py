@@ -122,6 +122,7 @@ def convert_sat_checkpoint(
     plan = plan_conversion(
         src, config=config, tokenizer=tokenizer, dtype=dtype, max_shard_size=max_shard_size, quantization=quantization
     )
+    plan.checkpoint.check_values()
     source_dtypes = {name: tensor.dtype for name, tensor in plan.checkpoint.tensors.items()}
 
     def blocks_of(shard: ShardFile) -> Iterator[tuple[str, Tensor]]:
@@ -142,7 +143,7 @@ def plan_conversion(
     max_shard_size: int | str = "5GB",
     quantization: str | None = None,
 ) -> ConversionPlan:
-    """Check everything that `convert_sat_checkpoint` is given, with its arguments and errors, and write nothing."""
+    """Check what `convert_sat_checkpoint` is given, with its arguments and errors; read no values, write nothing."""
     checkpoint = SatCheckpoint(src)
     model_config = checkpoint_config(checkpoint, config)
     model_config.dtype = _output_dtype(checkpoint, dtype)

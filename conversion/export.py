@@ -65,6 +65,7 @@ def reshard_sat_checkpoint(src: str | Path, dst: str | Path, *, tp_size: int) ->
     source = SatCheckpoint(src)
     config = sizes_config(source)
     source.require(model_tensors(config, torch.float16, bits=source.bits, row_parallel_groups=source.tp_size))
+    source.check_values()
     if source.head_dim:
         _require_heads(config.num_attention_heads, tp_size)
     elif config.hidden_size == GLMConfig().hidden_size:

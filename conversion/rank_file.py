@@ -6,6 +6,7 @@ which the file was saved, `mp_rank_RR_model_states`. Only plain tensors are unpi
 """
 
 import hashlib
+import logging
 import pickle
 import re
 import zipfile
@@ -23,6 +24,8 @@ SAVED_AS = re.compile(r"mp_rank_(\d+)_model_states/")
 ITERATION_KEYS = ("iteration", "global_steps")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int8)
 LOCAL_HEADER_SIZE = 30
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ def read_rank_file(path: Path) -> RankFile:
         tensors,
         members,
         saved_as,
-        {key: content[key] for key in ITERATION_KEYS if key in content},
+        {key: content[key] for key in ITERATION_KEYS if isinstance(content.get(key), int)},
         {"size": size, "checksums": hashlib.sha256(checksums.encode()).hexdigest()},
     )
 
@@ -106,13 +109,20 @@ def _read_directory(path: Path, file: BinaryIO) -> tuple[dict[int, Member], int 
             # the last four bytes: lengths of the name and of the extra field that follow
             offset = info.header_offset + len(header) + int.from_bytes(header[26:28], "little")
             offset += int.from_bytes(header[28:30], "little")
-            members[offset] = Member(path, info.filename, offset, info.file_size, info.CRC)
-            if info.filename.endswith("/data.pkl"):
+            members[offset] = Member(path, info.filename, offset, info.file_size, info.CRC or None)
+            if info.filename.endswith("/data.pkl") and info.CRC:
                 archive.read(info)  # raises if its checksum is wrong, which torch.load does not look at
-            if info.filename.endswith("/byteorder") and archive.read(info) != b"little":
+            elif info.filename.endswith("/data.pkl"):
+                logger.warning("%s was saved without checksums, so damage in it cannot be noticed", path)
+            if info.filename.endswith("/byteorder") and not _is_little_endian(file, members[offset]):
                 raise zipfile.BadZipFile("its numbers are not little-endian")
     match = SAVED_AS.match(infos[0].filename) if infos else None
     return members, int(match[1]) if match else None
+
+
+def _is_little_endian(file: BinaryIO, member: Member) -> bool:
+    file.seek(member.offset)
+    return file.read(member.nbytes) == b"little"
 
 
 def _locate(path: Path, name: str, value: Any, members: dict[int, Member]) -> StoredTensor:
@@ -124,7 +134,10 @@ def _locate(path: Path, name: str, value: Any, members: dict[int, Member]) -> St
             f": {name} is {describe(value.shape, value.dtype)}; expected a float16, bfloat16, float32 or int8 tensor"
         )
     storage = value.untyped_storage()
-    member = members.get(storage._checkpoint_offset or 0)
+    start = getattr(storage, "_checkpoint_offset", None)
+    if start is None:
+        return StoredTensor(path, name, value.dtype, tuple(value.shape), value.stride(), -1)
+    member = members.get(start)
     last = value.storage_offset() + sum((n - 1) * step for n, step in zip(value.shape, value.stride(), strict=True))
     if member is None or member.nbytes != storage.nbytes() or (last + 1) * value.element_size() > member.nbytes:
         raise zipfile.BadZipFile(f"the bytes of {name} are not where they should be")

@@ -106,9 +106,10 @@ class SatCheckpoint:
         if name is None:
             return None
         # The original tool for other tensor-parallel sizes cuts these frequencies in some checkpoints.
-        parts = [_read_whole(rank.tensors[name]) for rank in self.ranks]
-        is_whole = all(torch.equal(part, parts[0]) for part in parts)
-        return 2 * (len(parts[0]) if is_whole else sum(len(part) for part in parts))
+        parts = [rank.tensors[name] for rank in self.ranks]
+        wholes = [_read_whole(part) for part in parts if part.has_values]
+        is_cut = not all(torch.equal(whole, wholes[0]) for whole in wholes)
+        return 2 * parts[0].shape[0] * (self.tp_size if is_cut else 1)
 
     @property
     def dtypes(self) -> set[torch.dtype]:
@@ -150,13 +151,13 @@ class SatCheckpoint:
 
     def require(self, tensors: dict[str, Tensor]) -> None:
         """
-        Check that the checkpoint holds exactly `tensors`, cut by the rules and alike where not cut.
+        Check that the checkpoint holds exactly `tensors`, cut by the rules, without reading any values.
 
         Args:
             tensors: What is expected, on meta by the model's names; of a dtype it only matters whether it is a float.
 
         Raises:
-            ValueError: If a tensor is missing, unknown, of another shape, or differs between ranks.
+            ValueError: If a tensor is missing, unknown or of another shape.
         """
         path = self.ranks[0].path
         if unknown := sorted(set(self.names) - tensors.keys()):
@@ -170,12 +171,23 @@ class SatCheckpoint:
             if parts[0].dtype.is_floating_point != tensor.dtype.is_floating_point:
                 kinds = ("quantized", "floating point")[:: 1 if tensor.dtype.is_floating_point else -1]
                 raise ValueError(f"{path}: {sat_name} is {kinds[0]}, but {kinds[1]} was expected, as {QKV} is")
-            if rule == REPLICATED:
+
+    def check_values(self) -> None:
+        """
+        Read what is not cut, to check that the files belong together.
+
+        Raises:
+            ValueError: If a parameter that is not cut differs between ranks, or a file is a copy of another rank's.
+        """
+        self._require_distinct_ranks()
+        for name in self.names:
+            if shard_rule(name) == REPLICATED:
+                parts = self._parts(name)
                 wholes = [_read_whole(part) for part in parts]
                 if differing := [i for i, whole in enumerate(wholes) if not _have_equal_bytes(whole, wholes[0])]:
                     raise ValueError(
-                        f"{self.folder}: {sat_name} must be equal on all ranks, but rank 0 and ranks {differing} "
-                        "differ; the files do not belong together or are damaged"
+                        f"{self.folder}: {to_sat_name(name)} must be equal on all ranks, but rank 0 and ranks "
+                        f"{differing} differ; the files do not belong together or are damaged"
                     )
 
     def _parts(self, name: str) -> list[StoredTensor]:
@@ -214,16 +226,17 @@ class SatCheckpoint:
                         f"{describe(expected.shape, expected.dtype)} in {first.path}; all ranks must hold parts of "
                         "the same shape and dtype"
                     )
-        self._require_distinct_ranks()
 
     def _require_distinct_ranks(self) -> None:
-        """Raise ValueError if all that should differ between ranks is equal on two of them, and not merely zero."""
-        cut = [name for name in self.names if shard_rule(name) != REPLICATED]
+        """Raise ValueError if all that should differ between ranks has the same checksums on two of them."""
+        cut = [to_sat_name(name) for name in self.names if shard_rule(name) != REPLICATED]
         seen: dict[tuple, RankFile] = {}
         for rank in self.ranks:
-            parts = [rank.tensors[to_sat_name(name)] for name in cut]
-            key = tuple((part.member.crc, part.offset - part.member.offset) for part in parts if part.member)
-            if (other := seen.setdefault(key, rank)) is not rank and any(map(_is_nonzero, parts)):
+            parts = [rank.tensors[name] for name in cut]
+            members = [(part.member, part.offset) for part in parts if part.member and part.member.crc is not None]
+            crcs = tuple((member.crc, offset - member.offset) for member, offset in members)
+            other = seen.setdefault(crcs, rank)
+            if crcs and other is not rank and not _is_constant(rank.tensors[QKV]):
                 raise ValueError(
                     f"{rank.path}: {parts[0].name} and all other tensors are those of {other.path}; one of them is a "
                     "copy in place of another rank"
@@ -291,9 +304,11 @@ def _read_whole(part: StoredTensor) -> Tensor:
         return reader.take(part.shape[0])
 
 
-def _is_nonzero(part: StoredTensor) -> bool:
+def _is_constant(part: StoredTensor) -> bool:
+    """Tell whether the first rows of a tensor hold nothing but one number, as in checkpoints made for trials."""
     with closing(RowReader(part)) as reader:
-        return any(bool(block.any()) for block in reader.blocks(part.shape[0]))
+        block = next(reader.blocks(part.shape[0]))
+        return bool((block == block.flatten()[0]).all())
 
 
 def _have_equal_bytes(first: Tensor, second: Tensor) -> bool:

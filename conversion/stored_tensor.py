@@ -24,14 +24,14 @@ class Member:
         name: Their name in it.
         offset: Where they begin.
         nbytes: How many they are.
-        crc: Their CRC-32.
+        crc: Their CRC-32, None if none was computed.
     """
 
     path: Path
     name: str
     offset: int
     nbytes: int
-    crc: int
+    crc: int | None
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class StoredTensor:
         dtype: Dtype of the elements, little-endian.
         shape: Shape, of at least one dimension.
         stride: Elements between neighbours along every dimension.
-        offset: Byte at which the first element lies.
+        offset: Byte at which the first element lies; -1 if the tensor was saved on meta, without values.
         member: The checksummed bytes that hold the tensor, None if the file has no checksums.
     """
 
@@ -56,6 +56,11 @@ class StoredTensor:
     stride: tuple[int, ...]
     offset: int
     member: Member | None = None
+
+    @property
+    def has_values(self) -> bool:
+        """Whether there is anything to read."""
+        return self.offset >= 0
 
     @property
     def nbytes(self) -> int:
@@ -90,6 +95,8 @@ class RowReader:
     """
 
     def __init__(self, tensor: StoredTensor) -> None:
+        if not tensor.has_values:
+            raise ValueError(f"{tensor.path}: {tensor.name} was saved on meta and has no values")
         self._tensor = tensor
         self._file: BinaryIO = open(tensor.path, "rb", buffering=0)
         self._row = 0
@@ -146,7 +153,7 @@ def _read_into(file: BinaryIO, content: memoryview, label: str) -> None:
 
 
 def _compare_checksum(crc: int, member: Member, label: str) -> None:
-    if crc != member.crc:
+    if member.crc not in (None, crc):
         raise ValueError(
             f"{member.path}: {label} is damaged: its CRC-32 is {crc:08x}, but {member.crc:08x} was written; copy the "
             "file again"

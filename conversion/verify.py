@@ -82,6 +82,7 @@ def _require_model(checkpoint: SatCheckpoint) -> None:
             sizes_config(checkpoint), torch.float16, bits=checkpoint.bits, row_parallel_groups=checkpoint.tp_size
         )
     )
+    checkpoint.check_values()
 
 
 def _check_download(src: Path) -> VerificationReport:
@@ -155,19 +156,29 @@ def _regrouped(name: str, blocks: Iterator[Tensor], actual: Tensor) -> Iterator[
 
 
 def _first_difference(blocks: Iterator[tuple[str, Tensor]], readers: dict[str, Iterator[Tensor]]) -> str | None:
-    """Return what differs first between `blocks` and the rows that `readers` give, in words; None if nothing does."""
+    """
+    Return what differs first between `blocks` and the rows that `readers` give, in words; None if nothing does.
+
+    All rows are read in any case, so that a damaged file raises ValueError by its checksum.
+    """
+    difference = None
     for name, row, expected, actual in _aligned(blocks, readers):
-        if actual is None or expected.shape != actual.shape or expected.dtype != actual.dtype:
-            return f"{name} has another shape or dtype than expected"
-        if not torch.equal(_as_bytes(expected), _as_bytes(actual)):
-            [first, *others] = (
-                (_as_bytes(expected) != _as_bytes(actual)).view(*expected.shape, -1).any(-1).nonzero()[0]
-            )
-            index = (first, *others)
-            where = ", ".join(str(int(i)) for i in (first + row, *others))
-            return f"{name}[{where}] is {actual[index].item()}, expected {expected[index].item()}"
-    left = [name for name, reader in readers.items() if next(reader, None) is not None]
-    return f"{left[0]} has more rows than expected" if left else None
+        if difference is None:
+            difference = _difference(name, row, expected, actual)
+    left = [name for name, reader in readers.items() if sum(1 for _ in reader)]
+    return difference or (f"{left[0]} has more rows than expected" if left else None)
+
+
+def _difference(name: str, row: int, expected: Tensor, actual: Tensor | None) -> str | None:
+    """Return what differs first between two blocks that begin at `row`, in words."""
+    if actual is None or expected.shape != actual.shape or expected.dtype != actual.dtype:
+        return f"{name} has another shape or dtype than expected"
+    if torch.equal(_as_bytes(expected), _as_bytes(actual)):
+        return None
+    differs = (_as_bytes(expected) != _as_bytes(actual)).view(*expected.shape, -1).any(-1)
+    index = tuple(differs.nonzero()[0].tolist())
+    where = ", ".join(map(str, (row + index[0], *index[1:])))
+    return f"{name}[{where}] is {actual[index].item()}, expected {expected[index].item()}"
 
 
 def _aligned(

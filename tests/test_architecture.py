@@ -82,7 +82,10 @@ PUBLIC = {
     "glm_hf": [
         "BlankInfillingPipeline", "GLMConfig", "GLMForBlankInfilling", "GLMForMaskedLM", "GLMModel", "GLMTokenizer",
     ],
-    "glm_hf.conversion": ["convert_sat_checkpoint"],
+    "glm_hf.conversion": [
+        "convert_sat_checkpoint", "export_sat_checkpoint", "reshard_sat_checkpoint", "verify_checkpoint",
+    ],
+    "glm_hf.quantization": ["dequantize_weight", "pack_int4", "quantize_weight", "unpack_int4"],
 }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from golden import DATA, golden_config
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, pipeline
 
 from glm_hf.cli import main
@@ -159,3 +160,82 @@ def test_damaged_weights_are_one_line(run, model_folder, tmp_path):
     code, _, err = run("fill", broken, TEXT)
     assert code == 1
     assert last_line(err).startswith("glm-hf: error: ")
+
+
+SAT = DATA / "cfg1" / "sat_tp2"
+
+
+def test_export_reshard_and_verify_go_round(run, config_file, tmp_path):
+    assert run("convert", SAT, tmp_path / "hf", "--config", config_file)[:2] == (0, f"{tmp_path / 'hf'}\n")
+    assert run("export-sat", tmp_path / "hf", tmp_path / "four", "--tp-size", 4)[:2] == (0, f"{tmp_path / 'four'}\n")
+    assert run("reshard", tmp_path / "four", tmp_path / "two", "--tp-size", 2)[:2] == (0, f"{tmp_path / 'two'}\n")
+    for other in ("hf", "four", "two"):
+        code, out, err = run("verify", SAT, tmp_path / other)
+        assert (code, out, err) == (0, "39 tensors, 327,360 bytes checked, 0 problems\n", "")
+    modules = [torch.load(path, weights_only=True)["module"] for path in (SAT / "49300").iterdir()]
+    num_bytes = sum(tensor.nbytes for module in modules for tensor in module.values())
+    code, out, _ = run("verify", tmp_path / "two")
+    assert (code, out) == (0, f"84 tensors, {num_bytes:,} bytes checked, 0 problems\n")
+
+
+def test_verify_prints_every_problem_and_fails(run, config_file, tmp_path):
+    run("convert", SAT, tmp_path / "hf", "--config", config_file, "--dtype", "float32")
+    run("convert", DATA / "cfg1" / "sat_tp1", tmp_path / "other", "--config", config_file)
+    weights = load_file(tmp_path / "other" / "model.safetensors")
+    weights["model.norm.bias"][3] = 1
+    weights["model.norm.weight"][4] = 2
+    save_file(weights, tmp_path / "other" / "model.safetensors", {"format": "pt"})
+    code, out, err = run("verify", tmp_path / "hf", tmp_path / "other")
+    assert code == 1
+    assert out.splitlines()[0].endswith("2 problems")
+    assert [line.partition(" is ")[0] for line in out.splitlines()[1:]] == [
+        "model.norm.weight[4]",
+        "model.norm.bias[3]",
+    ]
+    assert last_line(err).startswith("glm-hf: error: 2 problems, the first: model.norm.weight[4] is 2.0, expected ")
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_convert_quantizes(quantization, run, config_file, tmp_path):
+    assert run("convert", SAT, tmp_path / "hf", "--config", config_file, "--quantization", quantization)[0] == 0
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["quantization_config"]["bits"] == int(quantization[3:])
+    assert run("verify", SAT, tmp_path / "hf")[0] == 0
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(run, config_file, tmp_path):
+    code, out, _ = run(
+        "convert", SAT, tmp_path / "hf", "--config", config_file, "--dry-run", "--max-shard-size", "100KB"
+    )
+    assert code == 0
+    assert "source   2 ranks, 327,360 bytes in " in out
+    assert "tensors  39 in float16\n" in out
+    assert "shards   4, the largest of " in out
+    assert "disk     327,360 bytes needed, " in out
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_interrupted_conversion_goes_on_or_begins_again(run, config_file, tmp_path, monkeypatch):
+    command = ["convert", SAT, tmp_path / "hf", "--config", config_file, "--max-shard-size", "100KB"]
+    with monkeypatch.context() as patch:
+        patch.setattr("glm_hf.conversion.convert.write_index", interrupt)
+        code, _, err = run(*command)
+    assert code == 1
+    assert last_line(err) == "glm-hf: error: interrupted; 4 of 4 parts are finished; run the same command to go on"
+    code, _, err = run(*command, "--dtype", "float32")
+    assert code == 1
+    assert "had other options or another version of glm_hf; start again with resume=False (--no-resume)" in err
+    assert run(*command, "--dtype", "float32", "--no-resume")[0] == 0
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == "float32"
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("command", ["export-sat", "reshard"])
+def test_number_of_ranks_must_be_given(command, run, tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([command, str(SAT), str(tmp_path / "x")])
+    assert caught.value.code == 2
+    assert "--tp-size" in capsys.readouterr().err
