@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: install demo test quality bench clean
+.PHONY: install demo test quality bench bench-conversion clean
 
 install: $(INSTALLED)
 
@@ -33,6 +33,10 @@ quality: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/forward.py
+
+# Some minutes and 30 GB of disk
+bench-conversion: $(INSTALLED)
+	$(BIN)/python benchmarks/conversion.py
 
 clean:
 	rm -rf $(VENV) .cache build dist *.egg-info

@@ -22,14 +22,16 @@ import torch
 
 TP_SIZE = 8
 HIDDEN, INNER, VOCAB = 12288, 32768, 150528
-# Resident pages now, and the highest number so far, as Linux reports them
+# Resident memory now and at its peak so far, as Linux reports them
 BEFORE = """
-import re, resource, time
+import re, time
 from glm_hf.conversion import *
-before, start = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize(), time.time()
+def resident(kind):
+    return int(re.search(kind + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024 / 1e6
+before, start = resident("VmRSS"), time.time()
 """
 AFTER = """
-print(time.time() - start, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 1e6)
+print(time.time() - start, resident("VmHWM") - before)
 """
 
 

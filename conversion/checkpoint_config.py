@@ -1,6 +1,5 @@
 """Find a checkpoint's configuration: sizes from the weights, special ids and numerics from the user or GLM-130B."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from glm_hf.configuration_glm import GLMConfig
 from glm_hf.conversion.sat_checkpoint import SatCheckpoint
+from glm_hf.model_files import read_json
 
 HELP = "pass config= (a GLMConfig, a dict of its fields or a JSON file) with the right values"
 
@@ -83,17 +83,7 @@ def _fields(config: GLMConfig | dict[str, Any] | str | Path | None) -> dict[str,
     """Return the fields that the user gives, as a new dict."""
     if isinstance(config, GLMConfig):
         return config.to_dict()
-    fields = _read_json(Path(config)) if isinstance(config, (str, Path)) else dict(config or {})
+    fields = read_json(Path(config)) if isinstance(config, (str, Path)) else dict(config or {})
     if unknown := sorted(fields.keys() - GLMConfig().to_dict().keys()):
         raise ValueError(f"config has unknown fields {', '.join(unknown)}; expected fields of GLMConfig")
-    return fields
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not a JSON file: {error}") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path} holds no fields; expected a JSON object with fields of GLMConfig")
     return fields

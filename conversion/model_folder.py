@@ -21,8 +21,7 @@ from glm_hf.conversion.safetensors_writer import DTYPE_NAMES
 from glm_hf.conversion.shard_rules import REPLICATED
 from glm_hf.conversion.stored_tensor import StoredTensor, contiguous_stride
 from glm_hf.conversion.streams import read_merged
-
-INDEX = "model.safetensors.index.json"
+from glm_hf.model_files import read_json, require_files, weight_files
 
 
 class ModelFolder:
@@ -44,7 +43,8 @@ class ModelFolder:
 
     def __init__(self, src: str | Path) -> None:
         self._folder = Path(src)
-        fields = _read_json(self._folder / "config.json")
+        require_files(self._folder, ["config.json"])
+        fields = read_json(self._folder / "config.json")
         if fields.get("model_type") != GLMConfig.model_type:
             raise ValueError(f"{src} must be a model of type {GLMConfig.model_type}, got {fields.get('model_type')}")
         quantization = fields.pop("quantization_config", None) or {}
@@ -56,7 +56,7 @@ class ModelFolder:
             self.config = GLMConfig.from_dict(fields)
         except StrictDataclassError as error:
             raise ValueError(f"{src}/config.json is not valid: {error.__cause__}") from error
-        paths = self._paths()
+        paths = weight_files(self._folder)
         self._stored = {stored.name: stored for path in paths for stored in _read_header(path)}
         self._require_model()
         self.sources = {path.name: _fingerprint(path) for path in paths}
@@ -75,17 +75,6 @@ class ModelFolder:
 
     def _expected(self) -> dict[str, Tensor]:
         return model_tensors(self.config, torch.float16, bits=self.bits, row_parallel_groups=self.row_parallel_groups)
-
-    def _paths(self) -> list[Path]:
-        """Return the safetensors files, all of which exist."""
-        names = {"model.safetensors"}
-        if (self._folder / INDEX).is_file():
-            names = set(_read_json(self._folder / INDEX)["weight_map"].values())
-        if missing := sorted(name for name in names if not (self._folder / name).is_file()):
-            raise FileNotFoundError(
-                f"{self._folder} lacks {', '.join(missing)}; expected a model with all its weights"
-            )
-        return [self._folder / name for name in sorted(names)]
 
     def _require_model(self) -> None:
         """Raise ValueError unless the files hold exactly the tensors of the model."""
@@ -138,12 +127,3 @@ def _fingerprint(path: Path) -> dict[str, Any]:
         "changed_ns": status.st_mtime_ns,
         "header": hashlib.sha256(header).hexdigest(),
     }
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; expected a model folder")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not a JSON file: {error}") from error

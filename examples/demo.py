@@ -14,12 +14,9 @@ from sentencepiece import SentencePieceTrainer
 
 from glm_hf import GLMConfig, GLMForBlankInfilling, GLMTokenizer
 from glm_hf.cli import main
-from glm_hf.conversion.name_map import to_sat_name
-from glm_hf.conversion.shard_rules import shard_rule
 from glm_hf.infilling_glm import prepare_context
 
 FOLDER = Path("demo")
-TP_SIZE = 2
 STEPS = 200
 BATCH = 32
 LEARNING_RATE = 3e-3
@@ -110,25 +107,18 @@ def train(model: GLMForBlankInfilling, tokenizer: GLMTokenizer, blanks: list[tup
     return loss.item()
 
 
-def save_as_released(model: GLMForBlankInfilling, folder: Path) -> None:
-    """Write fp16 weights as GLM-130B's authors did: one file for every tensor-parallel rank."""
-    ranks: list[dict[str, torch.Tensor]] = [{} for _ in range(TP_SIZE)]
-    for name, weight in model.half().state_dict().items():
-        if name != "lm_head.weight":
-            for rank, part in zip(ranks, shard_rule(name).split(weight, TP_SIZE), strict=True):
-                rank[to_sat_name(name)] = part
-    iteration = folder / "49300"
-    iteration.mkdir(parents=True)
-    (folder / "latest").write_text(iteration.name)
-    for number, rank in enumerate(ranks):
-        torch.save({"module": rank}, iteration / f"mp_rank_{number:02d}_model_states.pt")
-
-
 def run(command: str) -> None:
     """Print a `glm-hf` command and run it."""
     print(f"\n$ glm-hf {command}", flush=True)
     if code := main(shlex.split(command)):
         raise SystemExit(code)
+
+
+def list_files(folder: Path) -> None:
+    """Print all files in `folder` with their sizes."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            print(f"   {path.stat().st_size:>9,} bytes  {path}")
 
 
 def demo() -> None:
@@ -147,17 +137,16 @@ def demo() -> None:
     start = time.perf_counter()
     loss = train(model, tokenizer, write_blanks(facts))
     print(f"loss {loss:.3f} after {STEPS} steps in {time.perf_counter() - start:.0f} s")
-    save_as_released(model, FOLDER / "sat")
-    model.config.to_json_file(FOLDER / "config.json")
-    print(f"3. Save it as GLM-130B was released, for {TP_SIZE} tensor-parallel ranks:")
-    for path in sorted((FOLDER / "sat").rglob("*")):
-        if path.is_file():
-            print(f"   {path.stat().st_size:>9,} bytes  {path}")
+    model.half().save_pretrained(FOLDER / "trained")
 
-    print("4. Convert it, with the special ids and head count that are not GLM-130B's:")
-    run("convert demo/sat demo/model --tokenizer demo/text.model --config demo/config.json")
-    for path in sorted((FOLDER / "model").iterdir()):
-        print(f"   {path.stat().st_size:>9,} bytes  {path}")
+    print("3. Write it as GLM-130B was released:")
+    run("export-sat demo/trained demo/sat --tp-size 2")
+    list_files(FOLDER / "sat")
+
+    print("4. Convert it, with special ids that are not GLM-130B's, and compare both:")
+    run("convert demo/sat demo/model --tokenizer demo/text.model --config demo/trained/config.json")
+    list_files(FOLDER / "model")
+    run("verify demo/sat demo/model")
 
     print("5. Fill blanks:")
     run('fill demo/model "The capital of France is [MASK]." "法国的首都是[MASK]。" "The capital of Egypt is"')

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from .configuration_glm import GLMConfig
+from .model_files import INDEX, read_json, require_files, weight_files
 from .new_folder import new_folder, require_vacant
 
 AUTO_MAP = {
@@ -32,7 +33,6 @@ AUTO_MAP = {
     "AutoModelForDecision": "modeling_glm.GLMForBlankInfilling",  # the class that `transformers serve` tries first
 }
 TOKENIZER_AUTO_MAP: dict[str, list[str | None]] = {"AutoTokenizer": ["tokenization_glm.GLMTokenizer", None]}
-INDEX = "model.safetensors.index.json"
 NEEDED = ("config.json", "tokenizer.json", "tokenizer_config.json")
 OPTIONAL = (INDEX, "generation_config.json", "chat_template.jinja", "LICENSE", "MODEL_LICENSE")
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
@@ -135,9 +135,9 @@ def export_hub_folder(src: str | Path, dst: str | Path, *, push_to: str | None =
         OSError: If the Hub refuses the upload or the disk is full.
     """
     src, dst = Path(src), Path(os.path.abspath(dst))
-    _require_files(src, NEEDED)
+    require_files(src, NEEDED)
     config = _read_config(src)
-    weights = _weight_files(src)
+    weights = weight_files(src)
     num_parameters = sum(map(_num_parameters, weights))
     card = _model_card(config, push_to or dst.name, num_parameters, sum(path.stat().st_size for path in weights))
     require_vacant(dst)
@@ -146,7 +146,7 @@ def export_hub_folder(src: str | Path, dst: str | Path, *, push_to: str | None =
     with new_folder(dst) as folder:
         (folder / "README.md").write_text(card, encoding="utf-8")
         _write_json(folder / "config.json", config | {"auto_map": AUTO_MAP})
-        tokenizer_config = _read_json(src / "tokenizer_config.json")
+        tokenizer_config = read_json(src / "tokenizer_config.json")
         _write_json(folder / "tokenizer_config.json", tokenizer_config | {"auto_map": TOKENIZER_AUTO_MAP})
         others = [src / "tokenizer.json", *(src / name for name in OPTIONAL if (src / name).is_file())]
         for path in (*others, *_source_files()):
@@ -156,18 +156,9 @@ def export_hub_folder(src: str | Path, dst: str | Path, *, push_to: str | None =
         HfApi().upload_folder(repo_id=push_to, folder_path=dst)
 
 
-def _require_files(src: Path, names: tuple[str, ...]) -> None:
-    """Raise FileNotFoundError unless `src` has all files `names`."""
-    if missing := [name for name in names if not (src / name).is_file()]:
-        raise FileNotFoundError(
-            f"{src} must hold a model and its tokenizer, as the converter and save_pretrained write them, "
-            f"but has no {', '.join(missing)}"
-        )
-
-
 def _read_config(src: Path) -> dict[str, Any]:
     """Return `config.json` of a GLM-130B model whose weights need nothing but the exported code."""
-    config = _read_json(src / "config.json")
+    config = read_json(src / "config.json")
     if config.get("model_type") != GLMConfig.model_type:
         raise ValueError(f"{src} must be a model of type {GLMConfig.model_type}, got {config.get('model_type')}")
     if config.get("quantization_config"):
@@ -181,15 +172,6 @@ def _read_config(src: Path) -> dict[str, Any]:
         raise ValueError(f"{src / 'config.json'} is not valid: {error.__cause__}") from error
     config.pop("custom_pipelines", None)  # written by a pipeline's save_pretrained; makes fill-mask ask for trust
     return config
-
-
-def _weight_files(src: Path) -> list[Path]:
-    """Return the safetensors files that make up the model in `src`, all of which exist."""
-    names = ["model.safetensors"]
-    if (src / INDEX).is_file():
-        names = sorted(set(_read_json(src / INDEX)["weight_map"].values()))
-    _require_files(src, tuple(names))
-    return [src / name for name in names]
 
 
 def _num_parameters(path: Path) -> int:
@@ -255,13 +237,6 @@ def _link_or_copy(weights: list[Path], folder: Path) -> None:
             (folder / path.name).unlink(missing_ok=True)
             shutil.copyfile(path, folder / path.name)
             progress.update(path.stat().st_size)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not a JSON file: {error}") from error
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -16,6 +17,7 @@ import pytest
 import torch
 from filelock import FileLock
 from golden import DATA, golden_config
+from tqdm import tqdm
 
 from glm_hf.conversion import (
     convert_sat_checkpoint,
@@ -56,6 +58,7 @@ def fork(run: Callable[[], object]) -> int:
     """Run a function in a process of its own and return its id; the process ends without cleaning up."""
     if (pid := os.fork()) == 0:
         try:
+            tqdm.set_lock(threading.RLock())  # its own is shared with this process, and would be held after a kill
             run()
         finally:
             os._exit(0)

@@ -1,0 +1,40 @@
+"""Find and read the files of a model folder, as the converter and `save_pretrained` write them."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+INDEX = "model.safetensors.index.json"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; FileNotFoundError without the file, ValueError if it holds none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not a JSON file: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no fields; expected a JSON object")
+    return content
+
+
+def require_files(folder: Path, names: Iterable[str]) -> None:
+    """Raise FileNotFoundError unless `folder` has all files `names`."""
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise FileNotFoundError(
+            f"{folder} must hold a model, as the converter and save_pretrained write it, but has no "
+            f"{', '.join(missing)}"
+        )
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of the model in `folder`, all of which exist; else FileNotFoundError."""
+    names = ["model.safetensors"]
+    if (folder / INDEX).is_file():
+        weight_map = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{folder / INDEX} has no weight_map; expected an index of safetensors files")
+        names = sorted(set(weight_map.values()))
+    require_files(folder, names)
+    return [folder / name for name in names]
