@@ -3,9 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from glm_hf.configuration_glm import GLMConfig
+from glm_hf.conversion.model_tensors import model_tensors
 from glm_hf.conversion.sat_checkpoint import SatCheckpoint
 from glm_hf.model_files import read_json
 
@@ -47,20 +49,25 @@ def checkpoint_config(
     return model_config
 
 
-def sizes_config(checkpoint: SatCheckpoint) -> GLMConfig:
+def require_model(checkpoint: SatCheckpoint) -> GLMConfig:
     """
-    Return a configuration with the checkpoint's sizes and meaningless special ids, for work on its tensors alone.
+    Check that a checkpoint holds a whole model, for work on its tensors alone.
 
-    Where the weights do not tell how many heads there are, it has one per rank; no tensor's shape depends on that.
+    Returns:
+        A configuration with its sizes and with meaningless special ids. Where the weights do not tell how many heads
+        there are, it has one per rank; no tensor's shape depends on that.
 
     Raises:
-        ValueError: If the sizes do not fit together.
+        ValueError: If sizes or tensors are not those of a model, or the files do not belong together.
     """
     names = [name for name, value in GLMConfig().to_dict().items() if name.endswith("_token_id") and value is not None]
-    special_ids = {name: number for number, name in enumerate(names)}
-    return checkpoint_config(
-        checkpoint, {"num_attention_heads": checkpoint.tp_size} | special_ids | _sizes(checkpoint)
+    fields = {"num_attention_heads": checkpoint.tp_size} | {name: number for number, name in enumerate(names)}
+    config = checkpoint_config(checkpoint, fields | _sizes(checkpoint))
+    checkpoint.require(
+        model_tensors(config, torch.float16, bits=checkpoint.bits, row_parallel_groups=checkpoint.tp_size)
     )
+    checkpoint.check_values()
+    return config
 
 
 def _sizes(checkpoint: SatCheckpoint) -> dict[str, int]:

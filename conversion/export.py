@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from glm_hf.configuration_glm import GLMConfig
-from glm_hf.conversion.checkpoint_config import sizes_config
+from glm_hf.conversion.checkpoint_config import require_model
 from glm_hf.conversion.model_folder import ModelFolder
-from glm_hf.conversion.model_tensors import model_tensors
 from glm_hf.conversion.name_map import rotary_buffer_name, to_sat_name
 from glm_hf.conversion.partial_folder import write_in_segments
 from glm_hf.conversion.rank_writer import SEGMENT_BYTES, RankSegment
@@ -38,8 +37,7 @@ def export_sat_checkpoint(src: str | Path, dst: str | Path, *, tp_size: int) -> 
         OSError: If the disk has too little space, or another process is writing to `dst`.
     """
     source = ModelFolder(src)
-    if not source.config.tie_word_embeddings:
-        raise ValueError(f"{src} has an output matrix of its own, which SAT checkpoints of GLM-130B cannot hold")
+    _require_original(source.config)
     _require_heads(source.config.num_attention_heads, tp_size)
     _write_sat(source, Path(dst), tp_size, source.config, "release", {})
 
@@ -63,19 +61,27 @@ def reshard_sat_checkpoint(src: str | Path, dst: str | Path, *, tp_size: int) ->
         OSError: If the disk has too little space, or another process is writing to `dst`.
     """
     source = SatCheckpoint(src)
-    config = sizes_config(source)
-    source.require(model_tensors(config, torch.float16, bits=source.bits, row_parallel_groups=source.tp_size))
-    source.check_values()
+    config = require_model(source)
     if source.head_dim:
         _require_heads(config.num_attention_heads, tp_size)
     elif config.hidden_size == GLMConfig().hidden_size:
         _require_heads(GLMConfig().num_attention_heads, tp_size)
-    elif source.tp_size % tp_size:
+    elif tp_size < 1 or source.tp_size % tp_size:
         raise ValueError(
             f"{source.folder} does not tell how many heads it has, as it holds no rotary frequencies; tp_size must "
             f"divide its own number of ranks ({source.tp_size}), got {tp_size}"
         )
     _write_sat(source, Path(dst), tp_size, config if source.head_dim else None, source.folder.name, source.iteration)
+
+
+def _require_original(config: GLMConfig) -> None:
+    """Raise ValueError unless the original code, where all of this is fixed, computes what the model computes."""
+    if not config.tie_word_embeddings:
+        raise ValueError("the model has an output matrix of its own, which SAT checkpoints of GLM-130B cannot hold")
+    for name in ("layer_norm_eps", "rope_parameters"):
+        value, fixed = getattr(config, name), getattr(GLMConfig(), name)
+        if value != fixed:
+            raise ValueError(f"the model has {name} = {value}, but the original code always computes with {fixed}")
 
 
 def _require_heads(num_heads: int, tp_size: int) -> None:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from glm_hf.configuration_glm import GLMConfig
-from glm_hf.conversion.model_tensors import QUANT_METHOD, model_tensors
+from glm_hf.conversion.model_tensors import model_tensors, quantization_config
 from glm_hf.conversion.safetensors_writer import DTYPE_NAMES
 from glm_hf.conversion.shard_rules import REPLICATED
 from glm_hf.conversion.stored_tensor import StoredTensor, contiguous_stride
@@ -47,11 +47,13 @@ class ModelFolder:
         fields = read_json(self._folder / "config.json")
         if fields.get("model_type") != GLMConfig.model_type:
             raise ValueError(f"{src} must be a model of type {GLMConfig.model_type}, got {fields.get('model_type')}")
-        quantization = fields.pop("quantization_config", None) or {}
-        if quantization and (quantization.get("quant_method"), quantization.get("group_size")) != (QUANT_METHOD, None):
-            raise ValueError(f"{src} is quantized in a way that SAT checkpoints do not know: {quantization}")
-        self.bits: int | None = quantization.get("bits")
-        self.row_parallel_groups: int = quantization.get("row_parallel_groups", 1)
+        self.bits: int | None = None
+        self.row_parallel_groups = 1
+        if quantization := fields.pop("quantization_config", None):
+            self.bits, groups = (quantization.get(key) for key in ("bits", "row_parallel_groups"))
+            self.row_parallel_groups = groups if type(groups) is int and groups > 0 else 1
+            if quantization not in [quantization_config(bits, self.row_parallel_groups) for bits in (4, 8)]:
+                raise ValueError(f"{src} is quantized in a way that SAT checkpoints do not know: {quantization}")
         try:
             self.config = GLMConfig.from_dict(fields)
         except StrictDataclassError as error:

@@ -10,10 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from glm_hf.conversion.checkpoint_config import sizes_config
+from glm_hf.conversion.checkpoint_config import require_model
 from glm_hf.conversion.convert import converted
 from glm_hf.conversion.model_folder import ModelFolder
-from glm_hf.conversion.model_tensors import model_tensors
 from glm_hf.conversion.rank_file import RankFile, read_rank_file
 from glm_hf.conversion.sat_checkpoint import SatCheckpoint, find_rank_files
 from glm_hf.conversion.stored_tensor import check_member
@@ -72,17 +71,8 @@ def _open(path: Path) -> SatCheckpoint | ModelFolder:
     if _is_model_folder(path):
         return ModelFolder(path)
     checkpoint = SatCheckpoint(path)
-    _require_model(checkpoint)
+    require_model(checkpoint)
     return checkpoint
-
-
-def _require_model(checkpoint: SatCheckpoint) -> None:
-    checkpoint.require(
-        model_tensors(
-            sizes_config(checkpoint), torch.float16, bits=checkpoint.bits, row_parallel_groups=checkpoint.tp_size
-        )
-    )
-    checkpoint.check_values()
 
 
 def _check_download(src: Path) -> VerificationReport:
@@ -110,7 +100,7 @@ def _check_download(src: Path) -> VerificationReport:
             report.num_bytes += sum(tensor.nbytes for tensor in rank.tensors.values())
     if len(ranks) == len(found):
         try:
-            _require_model(SatCheckpoint(src))
+            require_model(SatCheckpoint(src))
         except (ValueError, FileNotFoundError) as error:
             report.problems.append(str(error))
     return report

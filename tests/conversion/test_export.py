@@ -1,5 +1,6 @@
 """SAT checkpoints that we write are those of the original tool, tensor by tensor, in every direction."""
 
+import json
 import zipfile
 from pathlib import Path
 
@@ -149,7 +150,7 @@ def test_unknown_heads_are_not_cut(random_module, cut_module, write_sat, tmp_pat
     src = write_sat(cut_module(random_module(hidden=64, inner=32, vocab=32), 4))
     for tp_size in (1, 2, 4):
         reshard_sat_checkpoint(src, tmp_path / str(tp_size), tp_size=tp_size)
-    for tp_size in (8, 3):
+    for tp_size in (8, 3, 0):
         with pytest.raises(ValueError, match=r"does not tell how many heads .* must divide .* \(4\), got"):
             reshard_sat_checkpoint(src, tmp_path / "sat", tp_size=tp_size)
 
@@ -224,6 +225,30 @@ def test_output_matrix_of_its_own(tmp_path):
     type(golden_model("cfg1"))(config).save_pretrained(tmp_path / "hf")
     with pytest.raises(ValueError, match=r"has an output matrix of its own, which SAT checkpoints of GLM-130B cannot"):
         export_sat_checkpoint(tmp_path / "hf", tmp_path / "sat", tp_size=1)
+
+
+@pytest.mark.parametrize(
+    "change", [{"layer_norm_eps": 1e-6}, {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}}]
+)
+def test_model_that_the_original_code_would_compute_otherwise(change, folder, tmp_path):
+    config = GLMConfig.from_pretrained(folder).to_dict() | change
+    GLMConfig(**config).save_pretrained(folder)
+    with pytest.raises(ValueError, match=rf"the model has {next(iter(change))} = .*, but the original code always"):
+        export_sat_checkpoint(folder, tmp_path / "sat", tp_size=1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"bits": 3}, {"bits": None}, {"quant_method": "gptq"}, {"group_size": 32}, {"row_parallel_groups": "x"}],
+    ids=str,
+)
+def test_quantization_that_is_not_the_released_one(change, tmp_path):
+    convert_sat_checkpoint(DATA / "cfg2" / "sat_int4_tp2", tmp_path / "hf", config=golden_config("cfg2"))
+    fields = json.loads((tmp_path / "hf" / "config.json").read_text())
+    fields["quantization_config"] |= change
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=r"is quantized in a way that SAT checkpoints do not know|is \(80, 2\)"):
+        export_sat_checkpoint(tmp_path / "hf", tmp_path / "sat", tp_size=2)
 
 
 def test_vocabulary_that_cannot_be_cut(tmp_path):
