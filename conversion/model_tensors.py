@@ -50,5 +50,6 @@ def quantization_config(bits: int, row_parallel_groups: int) -> dict[str, object
         "quant_method": QUANT_METHOD,
         "bits": bits,
         "group_size": None,
+        "modules_to_not_convert": None,
         "row_parallel_groups": row_parallel_groups,
     }

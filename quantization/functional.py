@@ -10,10 +10,13 @@ A weight is `code * weight_scale`. Codes lie in [-127, 127] and [-7, 7].
 Source: GLM-130B (arXiv 2210.02414), section 2.5 and appendix B; the released code rounds scale and quotient to fp16.
 """
 
+from collections.abc import Iterator
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 LARGEST_CODES = {8: 127, 4: 7}
+ROWS_AT_ONCE = 2048
 
 
 def quantize_weight(weight: Tensor, *, bits: int, group_size: int | None = None) -> tuple[Tensor, Tensor]:
@@ -34,14 +37,26 @@ def quantize_weight(weight: Tensor, *, bits: int, group_size: int | None = None)
     Raises:
         ValueError: If `bits` or `group_size` does not fit, or a weight is not finite in fp16.
     """
-    largest, num_columns = _largest_code(bits), weight.shape[-1]
+    _largest_code(bits)
+    num_columns = weight.shape[-1]
     group_size = num_columns if group_size is None else group_size
     if group_size < 1 or num_columns % group_size or (bits == 4 and group_size % 2):
         raise ValueError(
             f"group_size must divide the {num_columns} input features{' and be even' * (bits == 4)}, got {group_size}"
         )
-    groups = weight.half().unflatten(-1, (-1, group_size))  # (N, G, K/G)
-    weight_scale = (groups.abs().amax(-1) / largest).half()  # (N, G)
+    return quantize_by_absmax(weight, absmax_of_groups(weight, group_size), bits)
+
+
+def absmax_of_groups(weight: Tensor, group_size: int) -> Tensor:
+    """Return the largest magnitude, in fp16, of every group of a matrix `(N, K)`: `(N, K/group_size)`."""
+    return weight.half().unflatten(-1, (-1, group_size)).abs().amax(-1)
+
+
+def quantize_by_absmax(weight: Tensor, absmax: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Quantize a matrix `(N, K)` as `quantize_weight` does, given the largest magnitudes `(N, G)` of its groups."""
+    largest = _largest_code(bits)
+    groups = weight.half().unflatten(-1, (absmax.shape[-1], -1))  # (N, G, K/G)
+    weight_scale = (absmax.half() / largest).half()  # (N, G)
     if not weight_scale.isfinite().all():
         raise ValueError("weights must be finite in fp16 to be quantized, but some are infinite or not a number")
     divisor = weight_scale.masked_fill(weight_scale == 0, 1)[..., None]
@@ -67,6 +82,41 @@ def dequantize_weight(weight: Tensor, weight_scale: Tensor, bits: int) -> Tensor
     return (groups * weight_scale[..., None]).flatten(-2)
 
 
+def quantized_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bits: int, bias: Tensor | None = None) -> Tensor:
+    """
+    Return `x @ (code * weight_scale).T + bias`, computed in fp32 and rounded once to the dtype of `x`.
+
+    Args:
+        x: `(..., K)`, floating point.
+        weight: Codes in the stored layout.
+        weight_scale: `(N, G)` fp16.
+        bits: 8 or 4.
+        bias: `(N)`.
+
+    Returns:
+        `(..., N)` in the dtype of `x`.
+
+    Raises:
+        ValueError: If shapes or dtypes do not fit together.
+    """
+    _require_layout(x, weight, weight_scale, bits)
+    out = torch.empty(*x.shape[:-1], len(weight), dtype=x.dtype, device=x.device)
+    for start, rows in dequantize_rows(weight, weight_scale, bits):
+        out[..., start : start + len(rows)] = nn.functional.linear(
+            x.float(), rows, None if bias is None else bias[start : start + len(rows)].float()
+        )
+    return out
+
+
+def dequantize_rows(weight: Tensor, weight_scale: Tensor, bits: int) -> Iterator[tuple[int, Tensor]]:
+    """Yield (index of the first row, some rows of the fp32 matrix), so that it is never there as a whole."""
+    for start in range(0, len(weight), ROWS_AT_ONCE):
+        part = weight[start : start + ROWS_AT_ONCE]
+        codes = unpack_int4(part) if bits == 4 else part  # (rows, K)
+        scale = weight_scale[start : start + ROWS_AT_ONCE].float()[..., None]  # (rows, G, 1)
+        yield start, (codes.float().unflatten(-1, (weight_scale.shape[-1], -1)) * scale).flatten(-2)
+
+
 def pack_int4(codes: Tensor) -> Tensor:
     """Pack int8 codes `(..., K)` of 4 bits, in [-8, 7], into uint8 `(..., K/2)`; `K` must be even."""
     even, odd = codes.view(torch.uint8).unflatten(-1, (-1, 2)).unbind(-1)
@@ -77,6 +127,21 @@ def unpack_int4(packed: Tensor) -> Tensor:
     """Return the int8 codes `(..., K)` that `pack_int4` has packed into uint8 `(..., K/2)`."""
     even, odd = packed.view(torch.int8) >> 4, (packed << 4).view(torch.int8) >> 4
     return torch.stack((even, odd), dim=-1).flatten(-2)
+
+
+def _require_layout(x: Tensor, weight: Tensor, weight_scale: Tensor, bits: int) -> None:
+    """Raise ValueError unless the tensors are a quantized matrix in the stored layout and what it is applied to."""
+    _largest_code(bits)
+    dtype = torch.uint8 if bits == 4 else torch.int8
+    if weight.dtype != dtype or weight.dim() != 2:
+        raise ValueError(f"weight must be a {dtype} matrix for {bits} bits, got {tuple(weight.shape)} {weight.dtype}")
+    num_columns = weight.shape[1] * 8 // bits
+    if not x.is_floating_point() or x.shape[-1:] != (num_columns,):
+        raise ValueError(f"x must be floating point (..., {num_columns}), got {tuple(x.shape)} {x.dtype}")
+    if weight_scale.dim() != 2 or len(weight_scale) != len(weight) or num_columns % weight_scale.shape[1]:
+        raise ValueError(
+            f"weight_scale must be ({len(weight)}, G), where G divides {num_columns}, got {tuple(weight_scale.shape)}"
+        )
 
 
 def _largest_code(bits: int) -> int:

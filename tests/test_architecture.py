@@ -85,7 +85,10 @@ PUBLIC = {
     "glm_hf.conversion": [
         "convert_sat_checkpoint", "export_sat_checkpoint", "reshard_sat_checkpoint", "verify_checkpoint",
     ],
-    "glm_hf.quantization": ["dequantize_weight", "pack_int4", "quantize_weight", "unpack_int4"],
+    "glm_hf.quantization": [
+        "GLMQuantizationConfig", "QuantizedLinear", "dequantize_weight", "pack_int4", "quantize_weight",
+        "quantized_linear", "unpack_int4",
+    ],
 }  # fmt: skip
 
 

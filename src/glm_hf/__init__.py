@@ -14,6 +14,8 @@ from glm_hf._version import __version__
 from glm_hf.configuration_glm import GLMConfig
 from glm_hf.modeling_glm import GLMForBlankInfilling, GLMForMaskedLM, GLMModel
 from glm_hf.pipeline_glm import BlankInfillingPipeline, register_pipelines
+from glm_hf.quantization import GLMQuantizationConfig
+from glm_hf.quantization.quantizer import register_quantizer
 from glm_hf.tokenization_glm import GLMTokenizer
 
 AutoConfig.register("glm130b", GLMConfig, exist_ok=True)
@@ -24,6 +26,7 @@ AutoModelForMaskedLM.register(GLMConfig, GLMForMaskedLM, exist_ok=True)
 AutoModelForDecision.register(GLMConfig, GLMForBlankInfilling, exist_ok=True)  # where `transformers serve` looks first
 AutoTokenizer.register(GLMConfig, tokenizer_class=GLMTokenizer, exist_ok=True)
 register_pipelines()
+register_quantizer()
 
 __all__ = [
     "BlankInfillingPipeline",
@@ -31,6 +34,7 @@ __all__ = [
     "GLMForBlankInfilling",
     "GLMForMaskedLM",
     "GLMModel",
+    "GLMQuantizationConfig",
     "GLMTokenizer",
     "__version__",
 ]

@@ -244,7 +244,9 @@ class GLMPreTrainedModel(PreTrainedModel):
         """Initialise by DeepNorm: Xavier normal; value, attention output and MLP shrunk by `(2 * layers)^-1/2`."""
         hidden, inner = self.config.hidden_size, self.config.intermediate_size
         shrink = (2 * self.config.num_hidden_layers) ** -0.5
-        if isinstance(module, nn.Embedding):
+        if not all(parameter.is_floating_point() for parameter in module.parameters()):
+            self._require_quantized_weights(module)  # codes cannot be drawn at random
+        elif isinstance(module, nn.Embedding):
             init.xavier_normal_(module.weight)
         elif isinstance(module, GLMRotaryEmbedding):
             init.copy_(module.frequency_bits, module.compute_frequency_bits())
@@ -261,6 +263,13 @@ class GLMPreTrainedModel(PreTrainedModel):
                 weight.view(-1, 3, module.head_dim, hidden)[:, 2].mul_(shrink)
         else:
             super()._init_weights(module)
+
+    def _require_quantized_weights(self, module: nn.Module) -> None:
+        """Raise ValueError if a quantized linear was not loaded as a whole; what is on meta lies on the disk."""
+        for name, parameter in module.named_parameters(recurse=False):
+            if not getattr(parameter, "_is_hf_initialized", False) and not parameter.is_meta:
+                path = next(path for path, other in self.named_modules() if other is module)
+                raise ValueError(f"{path}.{name} of a quantized model was not loaded; make the folder again")
 
 
 def xavier_std(fan_in: int, fan_out: int) -> float:

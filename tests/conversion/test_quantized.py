@@ -7,6 +7,7 @@ import pytest
 import torch
 from golden import DATA, TOLERANCE, golden_arrays, golden_config, golden_model
 from safetensors.torch import load_file
+from transformers.quantizers import auto
 
 from glm_hf import GLMForBlankInfilling
 from glm_hf.conversion import convert_sat_checkpoint, export_sat_checkpoint, stored_tensor
@@ -102,6 +103,7 @@ def test_config_tells_how_weights_are_stored(tmp_path):
             "quant_method": "glm130b",
             "bits": 4,
             "group_size": None,
+            "modules_to_not_convert": None,
             "row_parallel_groups": tp_size,
         }
         scale = read_weights(tmp_path / str(tp_size))["model.layers.0.attention.dense.weight_scale"]
@@ -122,7 +124,8 @@ def test_only_the_linears_of_the_layers_are_quantized(tmp_path):
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
 def test_folder_without_a_backend_is_refused_rather_than_read_as_weights(quantization, tmp_path, monkeypatch):
-    monkeypatch.setattr("glm_hf.modeling_glm.AUTO_QUANTIZER_MAPPING", {})
+    monkeypatch.delitem(auto.AUTO_QUANTIZER_MAPPING, "glm130b")
+    monkeypatch.delitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "glm130b")
     src, config = DATA / "cfg2" / "sat_tp2", golden_config("cfg2")
     convert_sat_checkpoint(src, tmp_path / "hf", config=config, quantization=quantization)
     with pytest.raises(ValueError, match=r"the weights are quantized by 'glm130b', for which nothing is registered"):
