@@ -39,8 +39,8 @@ def checkpoint_config(
         raise ValueError(f"config has tie_word_embeddings = False, but a SAT checkpoint has no output matrix; {HELP}")
     try:
         model_config = GLMConfig.from_dict(fields | {"architectures": ["GLMForBlankInfilling"]})
-    except StrictDataclassError as error:
-        raise ValueError(f"the configuration does not fit the weights: {error.__cause__}; {HELP}") from error
+    except (StrictDataclassError, AttributeError, TypeError) as error:
+        raise ValueError(f"the configuration does not fit the weights: {error.__cause__ or error}; {HELP}") from error
     if model_config.num_attention_heads % checkpoint.tp_size:
         raise ValueError(
             f"the number of ranks ({checkpoint.tp_size}) must divide num_attention_heads, "
@@ -91,6 +91,8 @@ def _fields(config: GLMConfig | dict[str, Any] | str | Path | None) -> dict[str,
     if isinstance(config, GLMConfig):
         return config.to_dict()
     fields = read_json(Path(config)) if isinstance(config, (str, Path)) else dict(config or {})
+    for name in ("quantization_config", "auto_map"):  # of a config.json that was written beside other weights
+        fields.pop(name, None)
     if unknown := sorted(fields.keys() - GLMConfig().to_dict().keys()):
         raise ValueError(f"config has unknown fields {', '.join(unknown)}; expected fields of GLMConfig")
     return fields

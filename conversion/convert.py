@@ -146,6 +146,8 @@ def plan_conversion(
     """Check what `convert_sat_checkpoint` is given, with its arguments and errors; read no values, write nothing."""
     checkpoint = SatCheckpoint(src)
     model_config = checkpoint_config(checkpoint, config)
+    if not checkpoint.dtypes:
+        raise ValueError(f"{checkpoint.folder} holds integers only; expected the tensors of GLM-130B")
     model_config.dtype = _output_dtype(checkpoint, dtype)
     tensors = model_tensors(
         model_config, model_config.dtype, bits=checkpoint.bits, row_parallel_groups=checkpoint.tp_size
@@ -188,8 +190,9 @@ def converted(
         return
     for block in blocks:
         stored = block.to(dtype) if dtype.is_floating_point else block.view(dtype)
-        if dtype == torch.float16 and source_dtype != dtype and not torch.equal(stored.isinf(), block.isinf()):
-            raise ValueError(f"{name} has values beyond 65504, the largest float16; choose bfloat16 or float32")
+        if source_dtype.itemsize >= dtype.itemsize and source_dtype != dtype:
+            if not torch.equal(stored.isinf(), block.isinf()):
+                raise ValueError(f"{name} has values beyond the largest {dtype}; choose another dtype")
         yield name, stored
 
 

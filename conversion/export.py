@@ -12,14 +12,14 @@ from glm_hf.conversion.checkpoint_config import require_model
 from glm_hf.conversion.model_folder import ModelFolder
 from glm_hf.conversion.name_map import rotary_buffer_name, to_sat_name
 from glm_hf.conversion.partial_folder import write_in_segments
-from glm_hf.conversion.rank_writer import SEGMENT_BYTES, RankSegment
+from glm_hf.conversion.rank_writer import RankSegment, plan_segments
 from glm_hf.conversion.sat_checkpoint import SatCheckpoint
 from glm_hf.conversion.shard_rules import ROW, shard_rule
 from glm_hf.conversion.torch_zip import TorchZip
 from glm_hf.rotary_glm import inverse_frequencies
 
 
-def export_sat_checkpoint(src: str | Path, dst: str | Path, *, tp_size: int) -> None:
+def export_sat_checkpoint(src: str | Path, dst: str | Path, *, tp_size: int, resume: bool = True) -> None:
     """
     Write the weights of a model folder as a SAT checkpoint, which the original code loads.
 
@@ -29,6 +29,7 @@ def export_sat_checkpoint(src: str | Path, dst: str | Path, *, tp_size: int) -> 
         src: Folder of `GLMForBlankInfilling`, as the converter and `save_pretrained` write it.
         dst: Folder to create, with `latest` and `release/mp_rank_RR_model_states.pt`; may exist if it is empty.
         tp_size: Number of tensor-parallel ranks; must divide the heads.
+        resume: Whether to go on with an interrupted export to `dst`, rather than to throw away what it has left.
 
     Raises:
         FileNotFoundError: If `src` lacks a file.
@@ -39,12 +40,15 @@ def export_sat_checkpoint(src: str | Path, dst: str | Path, *, tp_size: int) -> 
     source = ModelFolder(src)
     _require_original(source.config)
     _require_heads(source.config.num_attention_heads, tp_size)
-    _write_sat(source, Path(dst), tp_size, source.config, "release", {})
+    _write_sat(source, Path(dst), tp_size, source.config, "release", {}, resume)
 
 
-def reshard_sat_checkpoint(src: str | Path, dst: str | Path, *, tp_size: int) -> None:
+def reshard_sat_checkpoint(src: str | Path, dst: str | Path, *, tp_size: int, resume: bool = True) -> None:
     """
     Write a SAT checkpoint again for another number of tensor-parallel ranks.
+
+    Weights keep every bit. Rotary frequencies, which the original code never loads, are computed anew; of what else a
+    rank file may hold, only its iteration is kept.
 
     Interrupted, the same call goes on where it was.
 
@@ -53,6 +57,7 @@ def reshard_sat_checkpoint(src: str | Path, dst: str | Path, *, tp_size: int) ->
         dst: Folder to create, with `latest` and an iteration folder of the same name; may exist if it is empty.
         tp_size: Number of tensor-parallel ranks to write; must divide the heads. Of a quantized checkpoint, a
             multiple of its own number, since every rank has scales for its own columns.
+        resume: Whether to go on with an interrupted run for `dst`, rather than to throw away what it has left.
 
     Raises:
         FileNotFoundError: If a file of `src` is missing.
@@ -71,7 +76,8 @@ def reshard_sat_checkpoint(src: str | Path, dst: str | Path, *, tp_size: int) ->
             f"{source.folder} does not tell how many heads it has, as it holds no rotary frequencies; tp_size must "
             f"divide its own number of ranks ({source.tp_size}), got {tp_size}"
         )
-    _write_sat(source, Path(dst), tp_size, config if source.head_dim else None, source.folder.name, source.iteration)
+    rotary_config = config if source.head_dim else None
+    _write_sat(source, Path(dst), tp_size, rotary_config, source.folder.name, source.iteration, resume)
 
 
 def _require_original(config: GLMConfig) -> None:
@@ -96,6 +102,7 @@ def _write_sat(
     rotary_config: GLMConfig | None,
     iteration: str,
     content: dict[str, Any],
+    resume: bool,
 ) -> None:
     """Write all tensors of `source`, and the rotary frequencies of `rotary_config` if it is given."""
     tensors = source.tensors
@@ -106,7 +113,7 @@ def _write_sat(
         rotary = {rotary_buffer_name(layer): frequencies for layer in range(rotary_config.num_hidden_layers)}
     roots = [f"mp_rank_{rank:02d}_model_states" for rank in range(tp_size)]
     files = {f"{iteration}/{root}.pt": TorchZip(root, parts, rotary, content) for root in roots}
-    segments = [RankSegment(files, tensors, names) for names in _grouped(tensors)]
+    segments = plan_segments(files, tensors)
 
     def blocks_of(segment: RankSegment) -> Iterator[tuple[str, Tensor]]:
         for name in segment.names:
@@ -116,7 +123,7 @@ def _write_sat(
     def finish(folder: Path) -> None:
         (folder / "latest").write_text(f"{iteration}\n", encoding="utf-8")
 
-    write_in_segments(dst.resolve(), segments, blocks_of, finish, sources=source.sources)
+    write_in_segments(dst.resolve(), segments, blocks_of, finish, sources=source.sources, resume=resume)
 
 
 def _rank_part(name: str, tensor: Tensor, tp_size: int) -> Tensor:
@@ -132,16 +139,3 @@ def _rank_part(name: str, tensor: Tensor, tp_size: int) -> Tensor:
     if shard_rule(name) != ROW:
         [num_rows, _] = shard_rule(name).shard_shape(tensor.shape, tp_size)
     return torch.empty(num_rows, dtype=tensor.dtype, device="meta")
-
-
-def _grouped(tensors: dict[str, Tensor]) -> list[list[str]]:
-    """Return the names of `tensors` in runs of about `SEGMENT_BYTES`."""
-    groups: list[list[str]] = [[]]
-    num_bytes = 0
-    for name, tensor in tensors.items():
-        if groups[-1] and num_bytes + tensor.nbytes > SEGMENT_BYTES:
-            groups.append([])
-            num_bytes = 0
-        groups[-1].append(name)
-        num_bytes += tensor.nbytes
-    return groups

@@ -50,16 +50,22 @@ class ModelFolder:
         self.bits: int | None = None
         self.row_parallel_groups = 1
         if quantization := fields.pop("quantization_config", None):
+            if not isinstance(quantization, dict):
+                raise ValueError(f"{src}/config.json: quantization_config must be an object, got {quantization}")
             self.bits, groups = (quantization.get(key) for key in ("bits", "row_parallel_groups"))
             self.row_parallel_groups = groups if type(groups) is int and groups > 0 else 1
             if quantization not in [quantization_config(bits, self.row_parallel_groups) for bits in (4, 8)]:
                 raise ValueError(f"{src} is quantized in a way that SAT checkpoints do not know: {quantization}")
         try:
             self.config = GLMConfig.from_dict(fields)
-        except StrictDataclassError as error:
-            raise ValueError(f"{src}/config.json is not valid: {error.__cause__}") from error
+        except (StrictDataclassError, AttributeError, TypeError) as error:
+            raise ValueError(f"{src}/config.json is not valid: {error.__cause__ or error}") from error
         paths = weight_files(self._folder)
-        self._stored = {stored.name: stored for path in paths for stored in _read_header(path)}
+        self._stored: dict[str, StoredTensor] = {}
+        for stored in (stored for path in paths for stored in _read_header(path)):
+            if stored.name in self._stored:
+                raise ValueError(f"{stored.path}: {stored.name} is also in {self._stored[stored.name].path}")
+            self._stored[stored.name] = stored
         self._require_model()
         self.sources = {path.name: _fingerprint(path) for path in paths}
 

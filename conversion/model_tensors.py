@@ -38,6 +38,8 @@ def model_tensors(
                 tensors[name] = torch.empty(parameter.shape, dtype=dtype)
                 continue
             rows, columns = parameter.shape
+            if columns * bits % 8:
+                raise ValueError(f"{name} has {columns} columns, which {bits} bits cannot pack; use 8 bits")
             groups = row_parallel_groups if shard_rule(name) == ROW else 1
             tensors[name] = torch.empty(rows, columns * bits // 8, dtype=torch.uint8 if bits == 4 else torch.int8)
             tensors[f"{name}_scale"] = torch.empty(rows, groups, dtype=torch.float16)

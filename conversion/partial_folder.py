@@ -20,10 +20,10 @@ from typing import Any, Protocol
 
 from filelock import FileLock, Timeout
 from torch import Tensor
-from tqdm import tqdm
 
 from glm_hf._version import __version__
 from glm_hf.conversion.streams import progress_bar, read_ahead
+from glm_hf.model_files import read_json
 from glm_hf.new_folder import require_space, require_vacant
 
 RESTART = "start again with resume=False (--no-resume), which throws away what is there"
@@ -78,90 +78,125 @@ def write_in_segments(
         ValueError: If an interrupted run had other segments or sources.
         OSError: If the disk has too little space, or another process is writing to `dst`.
     """
-    home = dst.with_name(f".{dst.name}.partial")
-    work = home / "folder"
+    home = _home(dst)
     plan = hashlib.sha256(json.dumps([(s.label, s.layout) for s in segments]).encode()).hexdigest()
     wanted: dict[str, Any] = {"version": __version__, "plan": plan, "sources": sources, "finished": []}
-    whole = wanted | {"finished": [segment.label for segment in segments]}
-    if _manifest(home) == whole and not work.exists() and dst.is_dir() and any(dst.iterdir()):
-        shutil.rmtree(home)  # an earlier run came as far as this
-        return
-    require_vacant(dst)
-    _require_ours(home)
-    num_bytes = sum(segment.num_bytes for segment in segments)
-    require_space(dst, num_bytes - (_bytes_in(work) if resume else 0))
+    whole = wanted | {"finished": [segment.label for segment in segments]} if resume else None
+    if not _is_finished(home, dst, whole):
+        num_bytes = sum(segment.num_bytes for segment in segments)
+        require_space(dst, num_bytes - bytes_of_interrupted_run(dst))
     home.mkdir(parents=True, exist_ok=True)
     with _locked(home / "lock", dst):
-        manifest = (_interrupted_run(home, wanted, segments) if resume else None) or wanted
-        done = manifest["finished"]
-        try:
-            if not done:
-                _save(home, manifest)
-                shutil.rmtree(work, ignore_errors=True)
-                work.mkdir()
-            with progress_bar("Writing", num_bytes, sum(s.num_bytes for s in segments[: len(done)])) as progress:
-                for segment in segments[len(done) :]:
-                    _write(segment, work, blocks_of, progress)
-                    done.append(segment.label)
-                    _save(home, manifest)
-            finish(work)
-            sync_tree(work)
-            work.rename(dst)
-            sync(dst.parent)
-        except BaseException as error:
-            if isinstance(error, OSError) and error.filename is None:
-                error.filename = str(dst)  # a full disk does not tell which
-            if done:
-                error.add_note(f"{len(done)} of {len(segments)} parts are finished; run the same command to go on")
-            else:
-                shutil.rmtree(home, ignore_errors=True)
-            raise
-    shutil.rmtree(home)
+        if not _is_finished(home, dst, whole):  # another run may have come to its end meanwhile
+            manifest = (_interrupted_run(home, wanted, segments) if resume else None) or wanted
+            _run(home, dst, manifest, segments, blocks_of, finish)
+        _remove(home)
 
 
-def _write(
-    segment: Segment, work: Path, blocks_of: Callable[[Any], Iterator[tuple[str, Tensor]]], progress: tqdm
-) -> None:
-    """Write one segment and wait for the disk."""
-    with segment.open(work) as write, closing(read_ahead(blocks_of(segment))) as blocks:
-        for name, block in blocks:
-            write(name, block)
-            progress.update(block.nbytes)
-    sync_tree(work)
+def bytes_of_interrupted_run(dst: Path) -> int:
+    """Return how many bytes an interrupted run has written for `dst`, which the next one keeps or throws away."""
+    return sum(path.stat().st_size for path in (_home(dst) / "folder").rglob("*") if path.is_file())
 
 
-def _require_ours(home: Path) -> None:
-    """Raise FileExistsError if `home` holds something that no run of ours has left."""
+def _home(dst: Path) -> Path:
+    return dst.with_name(f".{dst.name}.partial")
+
+
+def _is_finished(home: Path, dst: Path, whole: dict[str, Any] | None) -> bool:
+    """
+    Tell whether an earlier run got as far as to rename the folder to `dst`, but not to remove `home`.
+
+    Raises:
+        FileExistsError: If it did not, and `dst` holds something or `home` is not of such a run.
+    """
     found = {path.name for path in home.iterdir()} if home.is_dir() else set()
-    if "manifest.json" not in found and found - {"lock", "manifest.new"}:
+    manifest = _manifest(home)
+    if found - {"manifest.json", "manifest.new", "lock", "folder"} or (manifest is None and "folder" in found):
         raise FileExistsError(f"{home} is not of an interrupted conversion; remove it or choose another destination")
+    if whole is not None and manifest == whole and "folder" not in found and dst.is_dir() and any(dst.iterdir()):
+        return True
+    require_vacant(dst)
+    return False
+
+
+def _run(
+    home: Path,
+    dst: Path,
+    manifest: dict[str, Any],
+    segments: Sequence[Segment],
+    blocks_of: Callable[[Any], Iterator[tuple[str, Tensor]]],
+    finish: Callable[[Path], None],
+) -> None:
+    """Write the segments that are not finished, and rename the folder."""
+    work, done = home / "folder", manifest["finished"]
+    num_bytes = [segment.num_bytes for segment in segments]
+    try:
+        if not done:
+            _save(home, manifest)
+            shutil.rmtree(work, ignore_errors=True)
+            work.mkdir()
+        with progress_bar("Writing", sum(num_bytes), sum(num_bytes[: len(done)])) as progress:
+            for segment in segments[len(done) :]:
+                with segment.open(work) as write, closing(read_ahead(blocks_of(segment))) as blocks:
+                    for name, block in blocks:
+                        write(name, block)
+                        progress.update(block.nbytes)
+                sync_tree(work)
+                done.append(segment.label)
+                _save(home, manifest)
+        _remove_others(work, {name for segment in segments for name in segment.end})
+        finish(work)
+        sync_tree(work)
+        work.rename(dst)
+        sync(dst.parent)
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(dst)  # a full disk does not tell which
+        if done:
+            error.add_note(f"{len(done)} of {len(segments)} parts are finished; run the same command to go on")
+        else:
+            _remove(home)
+        raise
 
 
 def _interrupted_run(home: Path, wanted: dict[str, Any], segments: Sequence[Segment]) -> dict[str, Any] | None:
     """Return the manifest of an interrupted run to go on with, None without one; ValueError if it cannot go on."""
     manifest = _manifest(home)
-    if manifest is None:
+    if manifest is None or not manifest["finished"]:
         return None
-    for name in sorted(manifest["sources"].keys() | wanted["sources"].keys()):
-        before, now = manifest["sources"].get(name), wanted["sources"].get(name)
-        if before != now:
-            raise ValueError(f"{name} has changed since the interrupted run in {home}: {before}, now {now}; {RESTART}")
+    before, now = manifest["sources"], wanted["sources"]
+    if before.keys() != now.keys():
+        raise ValueError(f"the interrupted run in {home} had another source, with {', '.join(before)}; {RESTART}")
+    if changed := [name for name in now if before[name] != now[name]]:
+        raise ValueError(
+            f"{changed[0]} has changed since the interrupted run in {home}: {before[changed[0]]}, now "
+            f"{now[changed[0]]}; {RESTART}"
+        )
     if (manifest["version"], manifest["plan"]) != (wanted["version"], wanted["plan"]):
         raise ValueError(f"the interrupted run in {home} had other options or another version of glm_hf; {RESTART}")
-    for segment in segments[: len(manifest["finished"])]:
-        for name, size in segment.end.items():
-            path = home / "folder" / name
-            if not path.is_file() or path.stat().st_size < size:
-                raise ValueError(f"{path} should have {size:,} bytes from the interrupted run, but has not; {RESTART}")
+    num_done = len(manifest["finished"])
+    growing = {name for segment in segments[num_done:] for name in segment.end}
+    for name, size in {name: size for segment in segments[:num_done] for name, size in segment.end.items()}.items():
+        path = home / "folder" / name
+        actual = path.stat().st_size if path.is_file() else -1
+        if actual < size or (actual > size and name not in growing):
+            raise ValueError(f"{path} should have {size:,} bytes from the interrupted run, but has not; {RESTART}")
     return manifest
 
 
 def _manifest(home: Path) -> dict[str, Any] | None:
+    """Return the manifest in `home`, None without one; ValueError if it cannot be one."""
     path = home / "manifest.json"
+    if not path.is_file():
+        return None
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        manifest = read_json(path)
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}; remove {home} and start again") from error
+        raise ValueError(f"{error}; remove {home} and start again") from error
+    kinds = {"version": str, "plan": str, "sources": dict, "finished": list}
+    if not all(isinstance(manifest.get(key), kind) for key, kind in kinds.items()):
+        raise ValueError(f"{path} is no manifest; remove {home} and start again")
+    return manifest
 
 
 def _save(home: Path, manifest: dict[str, Any]) -> None:
@@ -173,8 +208,19 @@ def _save(home: Path, manifest: dict[str, Any]) -> None:
     sync(home)
 
 
-def _bytes_in(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+def _remove(home: Path) -> None:
+    """Remove a hidden folder so that at any moment it can be told what it is: the manifest goes last."""
+    shutil.rmtree(home / "folder", ignore_errors=True)
+    for name in ("manifest.new", "manifest.json"):
+        (home / name).unlink(missing_ok=True)
+    shutil.rmtree(home, ignore_errors=True)
+
+
+def _remove_others(work: Path, names: set[str]) -> None:
+    """Remove what an interrupted run has left of the small files, which may have been meant to differ."""
+    for path in work.rglob("*"):
+        if path.is_file() and path.relative_to(work).as_posix() not in names:
+            path.unlink()
 
 
 @contextmanager

@@ -127,9 +127,13 @@ def _is_little_endian(file: BinaryIO, member: Member) -> bool:
 
 def _locate(path: Path, name: str, value: Any, members: dict[int, Member]) -> StoredTensor:
     """Return where the bytes of the tensor `value` (on meta) lie."""
-    if not isinstance(name, str) or not isinstance(value, Tensor):
+    if not isinstance(name, str):
+        raise _Unexpected(f": {name!r} is no name; expected tensors by their names")
+    if not isinstance(value, Tensor):
         raise _Unexpected(f": {name} is a {type(value).__name__}; expected a tensor")
-    if value.dtype not in DTYPES or value.layout != torch.strided or not value.dim() or not value.numel():
+    if value.layout != torch.strided or not value.dim() or not value.numel():
+        raise _Unexpected(f": {name} is sparse, empty or without a dimension: {value.layout}, {tuple(value.shape)}")
+    if value.dtype not in DTYPES:
         raise _Unexpected(
             f": {name} is {describe(value.shape, value.dtype)}; expected a float16, bfloat16, float32 or int8 tensor"
         )

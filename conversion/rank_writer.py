@@ -4,6 +4,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,12 +30,15 @@ class RankSegment:
     def __init__(self, files: Mapping[str, TorchZip], tensors: Mapping[str, Tensor], names: list[str]) -> None:
         self.names = names
         self.label = f"{names[0]} to {names[-1]}"
-        self.layout = [[name, list(tensors[name].shape), str(tensors[name].dtype)] for name in names] + [len(files)]
+        self.layout: list[Any] = [[name, list(tensors[name].shape), str(tensors[name].dtype)] for name in names]
+        self.layout += [[path, zlib.crc32(layout.beginning)] for path, layout in files.items()]
         self.num_bytes = sum(tensors[name].nbytes for name in names)
         self.end = {path: layout.members[to_sat_name(names[-1])].end for path, layout in files.items()}
         self._files = files
         self._num_rows = {name: len(tensors[name]) for name in names}
         self._is_last = names[-1] == list(tensors)[-1]
+        if self._is_last:
+            self.end = {path: layout.size for path, layout in files.items()}
 
     @contextmanager
     def open(self, folder: Path) -> Iterator[Callable[[str, Tensor], None]]:
@@ -71,6 +75,25 @@ class RankSegment:
             if self._is_last:
                 for rank in ranks:
                     rank.write_directory()
+
+
+def plan_segments(files: Mapping[str, TorchZip], tensors: Mapping[str, Tensor]) -> list[RankSegment]:
+    """
+    Distribute the tensors of a model over segments of about `SEGMENT_BYTES`, in their order.
+
+    Args:
+        files: Layout of every rank's file by its path in the folder, in rank order.
+        tensors: All tensors of the model, joined, on meta by name.
+    """
+    groups: list[list[str]] = [[]]
+    num_bytes = 0
+    for name, tensor in tensors.items():
+        if groups[-1] and num_bytes + tensor.nbytes > SEGMENT_BYTES:
+            groups.append([])
+            num_bytes = 0
+        groups[-1].append(name)
+        num_bytes += tensor.nbytes
+    return [RankSegment(files, tensors, names) for names in groups]
 
 
 class _RankFile:

@@ -81,7 +81,10 @@ class SatCheckpoint:
     @property
     def num_layers(self) -> int:
         """Number of layers."""
-        return 1 + max((i for name in self.ranks[0].tensors if (i := layer_index(name)) is not None), default=-1)
+        layers = {i for name in self.ranks[0].tensors if (i := layer_index(name)) is not None}
+        if missing := sorted(set(range(len(layers))) - layers):
+            raise ValueError(f"{self.ranks[0].path}: layer {missing[0]} is missing; expected a complete checkpoint")
+        return len(layers)
 
     @property
     def bits(self) -> int | None:
@@ -168,6 +171,8 @@ class SatCheckpoint:
             shape = rule.shard_shape(tensor.shape, self.tp_size)
             if parts[0].shape != shape:
                 raise ValueError(f"{path}: {sat_name} has shape {parts[0].shape}, expected {shape}")
+            if name.endswith("_scale") and parts[0].dtype != torch.float16:
+                raise ValueError(f"{path}: {sat_name} is {parts[0].dtype}, expected torch.float16")
             if parts[0].dtype.is_floating_point != tensor.dtype.is_floating_point:
                 kinds = ("quantized", "floating point")[:: 1 if tensor.dtype.is_floating_point else -1]
                 raise ValueError(f"{path}: {sat_name} is {kinds[0]}, but {kinds[1]} was expected, as {QKV} is")
@@ -179,6 +184,10 @@ class SatCheckpoint:
         Raises:
             ValueError: If a parameter that is not cut differs between ranks, or a file is a copy of another rank's.
         """
+        for rank in self.ranks:
+            for part in rank.tensors.values():
+                if not part.has_values and not is_rotary_buffer(part.name):
+                    raise ValueError(f"{part.path}: {part.name} was saved on meta and has no values")
         self._require_distinct_ranks()
         for name in self.names:
             if shard_rule(name) == REPLICATED:
@@ -257,13 +266,13 @@ def find_rank_files(src: Path) -> tuple[Path, dict[int, Path]]:
     if latest.is_file():
         iteration = latest.read_text(encoding="utf-8", errors="replace").strip()
         folder = src / iteration
-        if not iteration or not folder.is_dir():
+        if iteration in ("", ".", "..") or Path(iteration).name != iteration or not folder.is_dir():
             raise FileNotFoundError(f"{latest} names {iteration!r}, but {src} has no folder of that name")
     found = {int(match[1]): path for path in folder.iterdir() if (match := RANK_FILE.fullmatch(path.name))}
     if not found:
         expected = "latest or mp_rank_00_model_states.pt" if folder == src else "mp_rank_00_model_states.pt"
         raise FileNotFoundError(f"{folder} holds no SAT checkpoint; expected {expected} in it")
-    return folder, found
+    return folder.resolve(), found
 
 
 def _rank_paths(folder: Path, found: Iterable[int], tp_size: int) -> list[Path]:

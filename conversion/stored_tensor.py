@@ -120,7 +120,7 @@ class RowReader:
             self._crc = zlib.crc32(content, self._crc)
             if self._row == tensor.shape[0]:
                 _compare_checksum(self._crc, tensor.member, tensor.name)
-        return elements.as_strided(shape, tensor.stride)
+        return elements.as_strided(shape, tensor.stride).contiguous()
 
     def blocks(self, num_rows: int) -> Iterator[Tensor]:
         """Yield the next `num_rows` rows in blocks."""

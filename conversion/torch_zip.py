@@ -87,6 +87,7 @@ class TorchZip:
         beginning: The bytes in front of the first of `tensors`.
         members: The members of `tensors`, by name.
         directory_start: Byte after the last of them.
+        size: Bytes of the whole file.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class TorchZip:
             self.members[name] = self._place(keys[name], tensor.nbytes, start)
             start = self.members[name].end
         self.directory_start = start
+        self.size = start + len(self.directory(dict.fromkeys(self.members, 0)))
 
     def _place(self, key: str, nbytes: int, start: int) -> ZipMember:
         """Return the member that begins at byte `start`."""

@@ -38,7 +38,7 @@ class VerificationReport:
 
 def verify_checkpoint(src: str | Path, dst: str | Path | None = None) -> VerificationReport:
     """
-    Check that a SAT checkpoint is whole, or that `dst` holds exactly what `src` holds.
+    Check that a SAT checkpoint is whole, or that `dst` holds exactly the weights that `src` holds.
 
     Alone, a checkpoint must have every rank, the right shapes, one iteration, and bytes that agree with the checksums
     that were written with them. A model folder alone has no checksums, so only names, shapes and sizes are checked.
@@ -64,7 +64,7 @@ def verify_checkpoint(src: str | Path, dst: str | Path | None = None) -> Verific
 
 
 def _is_model_folder(path: Path) -> bool:
-    return (path / "config.json").is_file()
+    return (path / "config.json").is_file() and not (path / "latest").exists()
 
 
 def _open(path: Path) -> SatCheckpoint | ModelFolder:
@@ -83,7 +83,7 @@ def _check_download(src: Path) -> VerificationReport:
     for number in sorted(found):
         try:
             ranks.append(read_rank_file(found[number]))
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             report.problems.append(str(error))
     with progress_bar(
         "Checking", sum(member.nbytes for rank in ranks for member in rank.members.values())
@@ -93,12 +93,14 @@ def _check_download(src: Path) -> VerificationReport:
             for member in rank.members.values():
                 try:
                     check_member(member, names.get(member, member.name))
-                except ValueError as error:
-                    report.problems.append(str(error))
+                except (ValueError, OSError) as error:
+                    report.problems.append(f"{member.path}: {error}" if isinstance(error, OSError) else str(error))
                 progress.update(member.nbytes)
+            if any(member.crc is None for member in rank.members.values()):
+                report.problems.append(f"{rank.path} was saved without checksums and cannot be checked")
             report.num_tensors += len(rank.tensors)
             report.num_bytes += sum(tensor.nbytes for tensor in rank.tensors.values())
-    if len(ranks) == len(found):
+    if not report.problems:
         try:
             require_model(SatCheckpoint(src))
         except (ValueError, FileNotFoundError) as error:

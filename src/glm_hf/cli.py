@@ -94,6 +94,7 @@ def convert(options: argparse.Namespace) -> None:
     """Run `convert`."""
     from glm_hf.conversion import convert_sat_checkpoint
     from glm_hf.conversion.convert import plan_conversion
+    from glm_hf.conversion.partial_folder import bytes_of_interrupted_run
     from glm_hf.new_folder import require_space, require_vacant
 
     settings = {
@@ -104,7 +105,7 @@ def convert(options: argparse.Namespace) -> None:
         require_vacant(dst)
         plan = plan_conversion(options.src, **settings)
         print(plan.describe(dst))
-        require_space(dst, plan.num_bytes)
+        require_space(dst, plan.num_bytes - bytes_of_interrupted_run(dst))
         return
     convert_sat_checkpoint(options.src, options.dst, **settings, resume=not options.no_resume)
     print(options.dst)
@@ -116,13 +117,14 @@ def add_export_sat(commands: Any) -> None:
     command.add_argument("src", help="folder of the Hugging Face model")
     command.add_argument("dst", help="new folder")
     command.add_argument("--tp-size", type=int, required=True, metavar="N", help="number of tensor-parallel ranks")
+    command.add_argument("--no-resume", action="store_true", help="throw away what an interrupted run has left")
 
 
 def export_sat(options: argparse.Namespace) -> None:
     """Run `export-sat`."""
     from glm_hf.conversion import export_sat_checkpoint
 
-    export_sat_checkpoint(options.src, options.dst, tp_size=options.tp_size)
+    export_sat_checkpoint(options.src, options.dst, tp_size=options.tp_size, resume=not options.no_resume)
     print(options.dst)
 
 
@@ -132,13 +134,14 @@ def add_reshard(commands: Any) -> None:
     command.add_argument("src", help="folder with `latest` and the mp_rank_*_model_states.pt files below it")
     command.add_argument("dst", help="new folder")
     command.add_argument("--tp-size", type=int, required=True, metavar="N", help="number of tensor-parallel ranks")
+    command.add_argument("--no-resume", action="store_true", help="throw away what an interrupted run has left")
 
 
 def reshard(options: argparse.Namespace) -> None:
     """Run `reshard`."""
     from glm_hf.conversion import reshard_sat_checkpoint
 
-    reshard_sat_checkpoint(options.src, options.dst, tp_size=options.tp_size)
+    reshard_sat_checkpoint(options.src, options.dst, tp_size=options.tp_size, resume=not options.no_resume)
     print(options.dst)
 
 

@@ -109,6 +109,9 @@ class GLMConfig(PreTrainedConfig):
         rope_type = rope.get("rope_type", "default")
         if rope_type not in STATIC_ROPE_TYPES:
             raise ValueError(f"rope_type must be one of {', '.join(STATIC_ROPE_TYPES)}, got {rope_type}")
+        theta = rope.get("rope_theta", 10000.0)
+        if not isinstance(theta, (int, float)) or theta <= 0:
+            raise ValueError(f"rope_theta must be a positive number, got {theta!r}")
         if rope.get("partial_rotary_factor", 1.0) != 1.0:
             raise ValueError("partial_rotary_factor must be 1, since the whole head is rotated")
         if self.rope_dtype == "float16" and (rope_type != "default" or self.max_position_embeddings > 2048):

@@ -12,7 +12,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; FileNotFoundError without the file, ValueError if it holds none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a JSON file: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no fields; expected a JSON object")
@@ -30,10 +30,10 @@ def require_files(folder: Path, names: Iterable[str]) -> None:
 
 def weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files of the model in `folder`, all of which exist; else FileNotFoundError."""
-    names = ["model.safetensors"]
-    if (folder / INDEX).is_file():
+    names = ["model.safetensors"]  # what transformers takes first, even if an index is there
+    if not (folder / names[0]).is_file() and (folder / INDEX).is_file():
         weight_map = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict):
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
             raise ValueError(f"{folder / INDEX} has no weight_map; expected an index of safetensors files")
         names = sorted(set(weight_map.values()))
     require_files(folder, names)

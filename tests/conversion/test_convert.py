@@ -282,9 +282,19 @@ def test_values_that_float16_cannot_hold_are_refused(value, golden_ranks, golden
     golden_ranks[1]["module"]["transformer.layers.1.attention.dense.weight"][3, 5] = value
     src = write_sat(golden_ranks)
     for options in ({"dtype": "float16"}, {"quantization": "int8"}):
-        with pytest.raises(ValueError, match=r"layers.1.attention.dense.weight.*(beyond 65504|finite in fp16)"):
+        with pytest.raises(
+            ValueError, match=r"layers.1.attention.dense.weight.*(beyond the largest torch.float16|finite in fp16)"
+        ):
             convert_sat_checkpoint(src, tmp_path / "hf", config=golden_special_ids, **options)
     convert_sat_checkpoint(src, tmp_path / "hf", config=golden_special_ids, dtype="bfloat16")
+
+
+def test_values_that_bfloat16_cannot_hold_are_refused(golden_ranks, golden_special_ids, write_sat, tmp_path):
+    for rank in golden_ranks:
+        rank["module"] = {name: tensor.float() for name, tensor in rank["module"].items()}
+    golden_ranks[0]["module"]["transformer.layers.1.attention.dense.weight"][3, 5] = 3.4e38
+    with pytest.raises(ValueError, match=r"attention.dense.weight has values beyond the largest torch.bfloat16"):
+        convert_sat_checkpoint(write_sat(golden_ranks), tmp_path / "hf", config=golden_special_ids, dtype="bfloat16")
 
 
 def test_infinite_weights_are_kept(golden_ranks, golden_special_ids, write_sat, tmp_path):

@@ -1,6 +1,7 @@
 """Bad input gets one clear line, runs no code and changes nothing."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -213,9 +214,7 @@ def test_missing_layer(refuse, golden_ranks, write_sat):
     for rank in golden_ranks:
         for name in [name for name in rank["module"] if ".layers.1." in name]:
             del rank["module"][name]
-    refuse(
-        write_sat(golden_ranks), r"mp_rank_00_model_states.pt: transformer.layers.1.input_layernorm.weight is missing"
-    )
+    refuse(write_sat(golden_ranks), r"mp_rank_00_model_states.pt: layer 1 is missing; expected a complete checkpoint")
 
 
 @pytest.mark.parametrize(
@@ -391,6 +390,30 @@ def test_folder_that_holds_something(refuse, tmp_path):
 def test_file_in_place_of_the_folder(refuse, tmp_path):
     (tmp_path / "hf").write_text("precious")
     refuse(DATA / "cfg1/sat_tp1", r"hf exists already; choose another folder or remove it", FileExistsError)
+
+
+def test_pipe_in_place_of_the_folder(golden_special_ids, tmp_path):
+    os.mkfifo(tmp_path / "hf")
+    with pytest.raises(FileExistsError, match=r"hf exists already; choose another folder or remove it"):
+        convert_sat_checkpoint(DATA / "cfg1/sat_tp1", tmp_path / "hf", config=golden_special_ids)
+
+
+def test_odd_columns_that_four_bits_cannot_pack(random_module, special_ids, write_sat, refuse):
+    src = write_sat([{"module": random_module(hidden=8, inner=5, vocab=16)}])
+    config = special_ids | {"num_attention_heads": 1}
+    message = r"mlp.dense_4h_to_h.weight has 5 columns, which 4 bits cannot pack; use 8 bits"
+    refuse(src, message, config=config, quantization="int4")
+
+
+def test_checkpoint_of_integers_alone(refuse, golden_ranks, write_sat):
+    for rank in golden_ranks:
+        rank["module"] = {name: tensor.char() for name, tensor in rank["module"].items()}
+    refuse(write_sat(golden_ranks), r"expected")
+
+
+@pytest.mark.parametrize("config", [{"dtype": "nonsense"}, {"id2label": 5}, {"rope_parameters": {"rope_theta": "x"}}])
+def test_config_of_the_wrong_kind(config, refuse, golden_special_ids):
+    refuse(DATA / "cfg1/sat_tp1", r"the configuration does not fit the weights", config=golden_special_ids | config)
 
 
 def test_mount_point_in_place_of_the_folder(golden_special_ids):

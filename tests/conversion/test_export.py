@@ -1,8 +1,11 @@
 """SAT checkpoints that we write are those of the original tool, tensor by tensor, in every direction."""
 
 import json
+import re
+import shutil
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from glm_hf import GLMConfig
 from glm_hf.conversion import (
     convert_sat_checkpoint,
+    export,
     export_sat_checkpoint,
     rank_writer,
     reshard_sat_checkpoint,
@@ -256,3 +260,68 @@ def test_vocabulary_that_cannot_be_cut(tmp_path):
     type(golden_model("cfg1"))(config).save_pretrained(tmp_path / "hf")
     with pytest.raises(ValueError, match=r"tp_size must cut dimension 0 of a tensor of shape \(162, 64\)"):
         export_sat_checkpoint(tmp_path / "hf", tmp_path / "sat", tp_size=4)
+
+
+def test_source_may_be_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(DATA / "cfg1" / "sat_tp2" / "49300")
+    reshard_sat_checkpoint(".", tmp_path / "sat", tp_size=1)
+    assert_same_checkpoint(tmp_path / "sat", DATA / "cfg1" / "sat_tp1")
+
+
+@pytest.mark.parametrize("latest", ["..", ".", "49300/../49300", "/tmp"])
+def test_latest_that_is_no_plain_name(latest, golden_ranks, write_sat, tmp_path):
+    src = write_sat(golden_ranks)
+    (src / "latest").write_text(latest)
+    with pytest.raises(FileNotFoundError, match=r"sat/latest names .*, but \S+sat has no folder of that name"):
+        reshard_sat_checkpoint(src, tmp_path / "out", tp_size=1)
+
+
+def test_weights_are_those_that_transformers_loads(tmp_path):
+    model = golden_model("cfg1")
+    model.save_pretrained(tmp_path / "hf", max_shard_size="100KB")
+    for path in (tmp_path / "hf").glob("model-*"):
+        path.unlink()
+    model.save_pretrained(tmp_path / "single")
+    shutil.copy(tmp_path / "single" / "model.safetensors", tmp_path / "hf")  # beside an index that is out of date
+    export_sat_checkpoint(tmp_path / "hf", tmp_path / "sat", tp_size=1)
+    [rank] = load_ranks(tmp_path / "sat")
+    assert torch.equal(rank["transformer.final_layernorm.bias"], model.model.norm.bias)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("model.safetensors.index.json", '{"weight_map": {"a": 5}}'),
+        ("model.safetensors.index.json", '{"weight_map": [1]}'),
+        ("model.safetensors.index.json", "[" * 100_000),
+        ("config.json", '{"model_type": "glm130b", "quantization_config": 5}'),
+        ("config.json", '{"model_type": "glm130b", "dtype": "nonsense"}'),
+        ("config.json", '{"model_type": "glm130b", "id2label": 5}'),
+        ("config.json", '{"model_type": "glm130b", "rope_parameters": {"rope_theta": "x"}}'),
+        ("config.json", "[]"),
+    ],
+)
+def test_json_that_makes_no_sense(file, content, folder, tmp_path):
+    if "index" in file:
+        (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    (folder / file).write_text(content)
+    with pytest.raises(ValueError, match=re.escape(str(folder))):
+        export_sat_checkpoint(folder, tmp_path / "sat", tp_size=1)
+
+
+def test_tensor_in_two_shards(folder, tmp_path):
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    save_file({"model.norm.bias": weights["model.norm.bias"]}, folder / "b.safetensors")
+    index = {"weight_map": dict.fromkeys(weights, "a.safetensors") | {"model.norm.bias": "b.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"b.safetensors: model.norm.bias is also in \S+a.safetensors"):
+        export_sat_checkpoint(folder, tmp_path / "sat", tp_size=1)
+
+
+def test_heads_of_a_model_as_wide_as_the_released_one(random_module, write_sat, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "GLMConfig", lambda: SimpleNamespace(hidden_size=96, num_attention_heads=6))
+    src = write_sat([{"module": random_module(hidden=96, inner=48, vocab=48)}])
+    reshard_sat_checkpoint(src, tmp_path / "three", tp_size=3)
+    with pytest.raises(ValueError, match=r"tp_size must divide num_attention_heads \(6\), got 4"):
+        reshard_sat_checkpoint(src, tmp_path / "four", tp_size=4)

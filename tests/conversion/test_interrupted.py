@@ -10,6 +10,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -34,7 +35,7 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="starts processe
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[str, Callable[[Path], None]]:
-    """Functions that write a folder in some ten segments."""
+    """Functions that write a folder in six segments or more."""
     folder = tmp_path_factory.mktemp("model") / "hf"
     CONVERT(folder)
     return {
@@ -110,7 +111,137 @@ def test_killed_at_random_moments(name, num_kills, runs, tmp_path):
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         states.append(check_state_and_go_on(run, dst, expected))
-    assert "went on" in states or name != "convert"
+    assert len(states) == num_kills
+
+
+@pytest.mark.parametrize("num_segments", [1, 3, 5])
+@pytest.mark.parametrize("name", ["convert", "quantize", "export", "reshard"])
+def test_run_goes_on_after_some_segments(name, num_segments, runs, stop_after, tmp_path):
+    runs[name](tmp_path / "whole")
+    stop_after(num_segments, Stop())
+    with pytest.raises(Stop):
+        runs[name](tmp_path / "out")
+    home = tmp_path / ".out.partial"
+    manifest = json.loads((home / "manifest.json").read_text())
+    assert len(manifest["finished"]) == num_segments
+    with open(home / "folder" / "model-99999.safetensors", "wb") as other:  # as if a segment had been begun
+        other.write(b"x")
+    for path in (home / "folder").glob("release/*"):
+        with open(path, "ab") as file:
+            file.write(b"the beginning of the next tensor")
+    marks = {path: path.stat().st_size for path in (home / "folder").glob("*-00001-of-*")}
+    for path in marks:
+        os.utime(path, (1, 1))
+    runs[name](tmp_path / "out")
+    assert read_folder(tmp_path / "out") == read_folder(tmp_path / "whole")
+    for path in marks:
+        assert (tmp_path / "out" / path.name).stat().st_mtime == 1  # it was not written again
+    assert not home.exists()
+
+
+def test_finished_ranks_are_not_written_again(runs, stop_after, tmp_path, monkeypatch):
+    stop_after(3, Stop())
+    with pytest.raises(Stop):
+        runs["export"](tmp_path / "out")
+    written = []
+    whole = rank_writer._RankFile.begin
+    monkeypatch.setattr(rank_writer._RankFile, "begin", lambda self, name: written.append(name) or whole(self, name))
+    runs["export"](tmp_path / "out")
+    assert "transformer.word_embeddings.weight" not in written
+    assert "transformer.final_layernorm.bias" in written
+
+
+def test_export_does_not_go_on_with_another_configuration(stop_after, tmp_path):
+    CONVERT(tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    stop_after(2, Stop())
+    with pytest.raises(Stop):
+        export_sat_checkpoint(tmp_path / "hf", tmp_path / "sat", tp_size=2)
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config | {"num_attention_heads": 4}))
+    with pytest.raises(ValueError, match=r"had other options or another version"):  # rotary frequencies differ
+        export_sat_checkpoint(tmp_path / "hf", tmp_path / "sat", tp_size=2)
+    export_sat_checkpoint(tmp_path / "hf", tmp_path / "sat", tp_size=2, resume=False)
+
+
+def test_export_notices_a_model_that_was_saved_again(stop_after, tmp_path):
+    CONVERT(tmp_path / "hf")
+    stop_after(2, Stop())
+    with pytest.raises(Stop):
+        export_sat_checkpoint(tmp_path / "hf", tmp_path / "sat", tp_size=2)
+    path = next((tmp_path / "hf").glob("*-00003-of-*"))
+    os.utime(path, (1, 1))  # same size and header
+    with pytest.raises(ValueError, match=rf"{path.name} has changed since the interrupted run"):
+        export_sat_checkpoint(tmp_path / "hf", tmp_path / "sat", tp_size=2)
+
+
+def test_another_number_of_ranks_is_noticed(stop_after, tmp_path):
+    stop_after(2, Stop())
+    with pytest.raises(Stop):
+        reshard_sat_checkpoint(SRC, tmp_path / "sat", tp_size=4)
+    with pytest.raises(ValueError, match=r"had other options or another version of glm_hf; start again .*--no-resume"):
+        reshard_sat_checkpoint(SRC, tmp_path / "sat", tp_size=2)
+    reshard_sat_checkpoint(SRC, tmp_path / "sat", tp_size=2, resume=False)
+
+
+def test_another_kind_of_run_is_noticed(interrupted, tmp_path):
+    CONVERT(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"had another source, with mp_rank_00_model_states.pt, mp_rank_01_model"):
+        export_sat_checkpoint(tmp_path / "model", tmp_path / "hf", tp_size=2)
+
+
+def test_another_version_is_noticed(interrupted, tmp_path, monkeypatch):
+    monkeypatch.setattr(partial_folder, "__version__", "0.0.0")
+    with pytest.raises(ValueError, match=r"had other options or another version of glm_hf"):
+        go_on(interrupted, tmp_path / "hf")
+
+
+def test_small_files_of_an_interrupted_run_do_not_stay(monkeypatch, tmp_path):
+    CONVERT(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(partial_folder, "sync_tree", fail_when_there_is_a_config)
+        with pytest.raises(Stop):
+            CONVERT(tmp_path / "hf")
+    (tmp_path / ".hf.partial" / "folder" / "tokenizer.json").write_text("{}")
+    CONVERT(tmp_path / "hf")
+    assert read_folder(tmp_path / "hf") == read_folder(tmp_path / "whole")
+
+
+def fail_when_there_is_a_config(folder: Path) -> None:
+    if (folder / "config.json").exists():
+        raise Stop
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_hidden_folder_with_something_else_in_it_is_left_alone(resume, interrupted, tmp_path):
+    (tmp_path / ".hf.partial" / "precious.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r".hf.partial is not of an interrupted conversion"):
+        go_on(interrupted, tmp_path / "hf", resume=resume)
+    assert (tmp_path / ".hf.partial" / "precious.txt").read_text() == "mine"
+
+
+def test_run_that_came_to_its_end_meanwhile(interrupted, tmp_path, monkeypatch):
+    whole = partial_folder._locked
+
+    @contextmanager
+    def finish_first(path: Path, dst: Path):
+        monkeypatch.setattr(partial_folder, "_locked", whole)
+        go_on(interrupted, dst)
+        with whole(path, dst):
+            yield
+
+    monkeypatch.setattr(partial_folder, "_locked", finish_first)
+    with pytest.raises((FileExistsError, FileNotFoundError)):
+        go_on(interrupted, tmp_path / "hf")
+    assert (tmp_path / "hf" / "config.json").exists()
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_space_of_an_interrupted_run_counts_as_free(resume, interrupted, tmp_path, monkeypatch):
+    monkeypatch.setattr("glm_hf.new_folder.free_space", lambda dst: 701_920 - 60_000)
+    go_on(interrupted, tmp_path / "hf", resume=resume)
+    monkeypatch.setattr("glm_hf.new_folder.free_space", lambda dst: 701_920 - 1)
+    with pytest.raises(OSError, match=r"needs 701,920 free bytes"):
+        go_on(interrupted, tmp_path / "other", resume=resume)
 
 
 def kill_at(call: int, run: Callable[[], object], module: object, function: str) -> bool:
@@ -254,9 +385,12 @@ def test_finished_shard_that_was_lost_is_noticed(damage, interrupted, tmp_path):
         go_on(interrupted, tmp_path / "hf")
 
 
-def test_manifest_that_cannot_be_read(interrupted, tmp_path):
-    (tmp_path / ".hf.partial" / "manifest.json").write_text("{")
-    with pytest.raises(ValueError, match=r"manifest.json is damaged: .*; remove \S+.hf.partial and start again"):
+@pytest.mark.parametrize("text", ["{", "{}", "[]", "5", '{"finished": null}', "[" * 10_000])
+def test_manifest_that_cannot_be_read(text, interrupted, tmp_path):
+    (tmp_path / ".hf.partial" / "manifest.json").write_text(text)
+    with pytest.raises(
+        ValueError, match=r"manifest.json (is not|is no|holds no).*; remove \S+.hf.partial and start again"
+    ):
         go_on(interrupted, tmp_path / "hf")
 
 

@@ -142,3 +142,91 @@ def test_file_that_is_compressed_or_big_endian(src, golden_ranks):
             archive.writestr(name, b"big" if name.endswith("/byteorder") else content)
     with pytest.raises(ValueError, match=r"copy it again: its numbers are not little-endian"):
         read_rank_file(path)
+
+
+@pytest.mark.parametrize("name", ["transformer.final_layernorm.weight", "transformer.layers.0.attention.dense.weight"])
+def test_expanded_tensors_are_written_in_full(name, golden_ranks, golden_special_ids, write_sat, tmp_path):
+    for rank in golden_ranks:
+        rank["module"][name] = torch.full((1,), 0.5).half().expand(rank["module"][name].shape)
+    src = write_sat(golden_ranks)
+    convert_sat_checkpoint(src, tmp_path / "hf", config=golden_special_ids)
+    reshard_sat_checkpoint(src, tmp_path / "out", tp_size=1)
+    assert verify_checkpoint(src).problems == verify_checkpoint(src, tmp_path / "hf").problems == []
+    assert verify_checkpoint(tmp_path / "hf", tmp_path / "out").problems == []
+    weights = load_file(tmp_path / "hf" / "model.safetensors")
+    model_name = name.replace("transformer.final_layernorm", "model.norm").replace("transformer", "model")
+    assert (weights[model_name] == 0.5).all()
+
+
+def test_download_without_values_is_not_whole(golden_ranks, write_sat):
+    name = "transformer.layers.0.attention.dense.weight"
+    for rank in golden_ranks:
+        rank["module"][name] = rank["module"][name].to("meta")
+    [problem] = verify_checkpoint(write_sat(golden_ranks)).problems
+    assert f"{name} was saved on meta and has no values" in problem
+
+
+@pytest.mark.usefixtures("without_checksums")
+def test_download_without_checksums_cannot_be_checked(golden_ranks, write_sat):
+    problems = verify_checkpoint(write_sat(golden_ranks)).problems
+    assert [problem.rpartition("/")[2] for problem in problems] == [
+        f"mp_rank_0{rank}_model_states.pt was saved without checksums and cannot be checked" for rank in range(2)
+    ]
+
+
+def test_rank_that_is_a_folder_does_not_hide_the_others(src):
+    (src / "49300" / NAME).unlink()
+    (src / "49300" / NAME).mkdir()
+    other = src / "49300" / "mp_rank_01_model_states.pt"
+    other.write_bytes(other.read_bytes()[:-50])
+    problems = verify_checkpoint(src).problems
+    assert len(problems) == 2
+    assert NAME in problems[0]
+    assert "mp_rank_01_model_states.pt is not a complete zip file" in problems[1]
+
+
+def test_damage_is_reported_once(src):
+    path = src / "49300" / NAME
+    name = "transformer.final_layernorm.bias"
+    content = bytearray(path.read_bytes())
+    content[content.index(torch.load(path, weights_only=True)["module"][name].numpy().tobytes())] ^= 1
+    path.write_bytes(content)
+    assert len(verify_checkpoint(src).problems) == 1
+
+
+def test_layer_number_out_of_all_bounds(golden_ranks, write_sat):
+    for rank in golden_ranks:
+        rank["module"]["transformer.layers.300000000.input_layernorm.weight"] = torch.zeros(64).half()
+    [problem] = verify_checkpoint(write_sat(golden_ranks)).problems
+    assert "layer 3 is missing; expected a complete checkpoint" in problem
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.zeros(0, 4).half(), "is sparse, empty or without a dimension"),
+        (torch.tensor(1.0).half(), "is sparse, empty or without a dimension"),
+        (torch.zeros(2, 2).half().to_sparse(), "is sparse, empty or without a dimension"),
+    ],
+)
+def test_tensor_of_another_kind(value, message, golden_ranks, write_sat):
+    golden_ranks[0]["module"]["transformer.final_layernorm.bias"] = value
+    assert message in refusal(lambda: read_rank_file(write_sat(golden_ranks) / "49300" / NAME))
+
+
+def test_name_that_is_none(golden_ranks, write_sat):
+    golden_ranks[0]["module"][5] = torch.zeros(2).half()
+    assert "5 is no name" in refusal(lambda: read_rank_file(write_sat(golden_ranks) / "49300" / NAME))
+
+
+def test_view_beyond_its_storage_is_refused(src):
+    path = src / "49300" / NAME
+    name = "transformer.final_layernorm.bias"
+    with zipfile.ZipFile(path) as archive:
+        members = {info.filename: archive.read(info) for info in archive.infolist()}
+    key = max(members, key=lambda member: members[member] == b"" or len(members[member]) == 128)
+    members[key] = members[key][:-2]  # a byte range shorter than the pickle tells, with a checksum that fits
+    with zipfile.ZipFile(path, "w") as archive:
+        for member, content in members.items():
+            archive.writestr(member, content)
+    assert "are not where they should be" in refusal(lambda: read_rank_file(path)), name

@@ -95,6 +95,9 @@ def test_tiny_weights_keep_their_sign(bits):
     assert (again * weight >= 0).all()
     largest = LARGEST[bits]
     assert (again[largest:, 0] > 0).all()
+    codes = quantize_weight(weight, bits=bits)[0]
+    codes = unpack_int4(codes) if bits == 4 else codes
+    assert (codes.min(), codes.max()) == (-largest, largest)
 
 
 def test_int4_byte_holds_the_even_feature_in_its_high_nibble():
