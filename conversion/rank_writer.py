@@ -97,7 +97,7 @@ def plan_segments(files: Mapping[str, TorchZip], tensors: Mapping[str, Tensor]) 
 
 
 class _RankFile:
-    """One rank's file, to be written on from the member `first`; what lies behind that is of an interrupted run."""
+    """One rank's file, to be written on from the member `first`; what lies behind that is overwritten."""
 
     def __init__(self, path: Path, layout: TorchZip, first: ZipMember) -> None:
         self._layout = layout
@@ -106,7 +106,6 @@ class _RankFile:
         if is_new:
             self._file.write(layout.beginning)
         self._file.seek(first.start)
-        self._file.truncate()
 
     def close(self) -> None:
         self._file.close()

@@ -297,6 +297,13 @@ def test_values_that_bfloat16_cannot_hold_are_refused(golden_ranks, golden_speci
         convert_sat_checkpoint(write_sat(golden_ranks), tmp_path / "hf", config=golden_special_ids, dtype="bfloat16")
 
 
+def test_ranks_of_one_number_are_no_copies_of_each_other(golden_ranks, golden_special_ids, write_sat, tmp_path):
+    for rank in golden_ranks:
+        rank["module"] = {name: torch.full_like(tensor, 0.25) for name, tensor in rank["module"].items()}
+    convert_sat_checkpoint(write_sat(golden_ranks), tmp_path / "hf", config=golden_special_ids)
+    assert all((tensor == 0.25).all() for tensor in read_weights(tmp_path / "hf").values())
+
+
 def test_infinite_weights_are_kept(golden_ranks, golden_special_ids, write_sat, tmp_path):
     for rank in golden_ranks:
         rank["module"] = {name: tensor.float() for name, tensor in rank["module"].items()}

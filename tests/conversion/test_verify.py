@@ -1,3 +1,4 @@
+import json
 import re
 import shutil
 from pathlib import Path
@@ -194,6 +195,18 @@ def test_damage_of_one_side_is_named_and_the_rest_compared(download, folder):
 def test_sides_that_cannot_be_compared(src, dst):
     with pytest.raises(ValueError, match=r"were expected; compare a model with what was made from it"):
         verify_checkpoint(DATA / "cfg2" / src, DATA / "cfg2" / dst)
+
+
+@pytest.mark.parametrize(("rows", "message"), [(330, "has more rows than expected"), (310, "has another shape")])
+def test_more_or_fewer_rows_are_a_difference(rows, message, folder):
+    weights = load_file(folder / "model.safetensors")
+    embedding = weights["model.embed_tokens.weight"]
+    weights["model.embed_tokens.weight"] = torch.cat((embedding, embedding))[:rows].contiguous()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text()) | {"vocab_size": rows}
+    (folder / "config.json").write_text(json.dumps(config))
+    [problem] = verify_checkpoint(SRC, folder).problems
+    assert f"model.embed_tokens.weight {message}" in problem
 
 
 def test_another_model_differs(tmp_path):
