@@ -14,7 +14,9 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -135,10 +137,14 @@ def _run(
             _save(home, manifest)
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir()
-        with progress_bar("Writing", sum(num_bytes), sum(num_bytes[: len(done)])) as progress:
-            for segment in segments[len(done) :]:
-                with segment.open(work) as write, closing(read_ahead(blocks_of(segment))) as blocks:
-                    for name, block in blocks:
+        with ExitStack() as stack:
+            progress = stack.enter_context(progress_bar("Writing", sum(num_bytes), sum(num_bytes[: len(done)])))
+            # One thread reads for all segments: every thread would keep freed memory of its own.
+            coming = ((segment, *block) for segment in segments[len(done) :] for block in blocks_of(segment))
+            blocks = stack.enter_context(closing(read_ahead(coming)))
+            for segment, group in groupby(blocks, key=itemgetter(0)):
+                with segment.open(work) as write:
+                    for _, name, block in group:
                         write(name, block)
                         progress.update(block.nbytes)
                 sync_tree(work)

@@ -75,7 +75,7 @@ def released(tmp_path_factory) -> Path:
                 "model    70 layers, hidden size 12288, 96 heads, vocabulary of 150528",
                 "tensors  843 in float16",
                 "shards   ",
-                "memory   at most 300,000,000 bytes beside the interpreter's own",
+                "memory   at most 500,000,000 bytes beside the interpreter's own",
             ],
         ),
         (["--quantization", "int4"], ["tensors  1,123 in float16, the linears of the layers in int4"]),
