@@ -10,7 +10,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 install: $(INSTALLED)
 
 # torch goes first and by its pin, since a bare requirement may bring another build. Wheels are preferred to sources.
-$(INSTALLED): setup.cfg pyproject.toml constraints.txt
+$(INSTALLED): setup.cfg setup.py pyproject.toml constraints.txt quantization/kernels_cpu.c quantization/kernels_cpu.h
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "transformers 5.23 needs Python 3.11 or newer")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)

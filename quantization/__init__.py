@@ -5,10 +5,10 @@ from glm_hf.quantization.functional import (
     dequantize_weight,
     pack_int4,
     quantize_weight,
-    quantized_linear,
     unpack_int4,
 )
 from glm_hf.quantization.linear import QuantizedLinear
+from glm_hf.quantization.ops import quantized_linear
 
 __all__ = [
     "GLMQuantizationConfig",

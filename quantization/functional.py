@@ -82,7 +82,9 @@ def dequantize_weight(weight: Tensor, weight_scale: Tensor, bits: int) -> Tensor
     return (groups * weight_scale[..., None]).flatten(-2)
 
 
-def quantized_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bits: int, bias: Tensor | None = None) -> Tensor:
+def quantized_linear_reference(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bits: int, bias: Tensor | None = None
+) -> Tensor:
     """
     Return `x @ (code * weight_scale).T + bias`, computed in fp32 and rounded once to the dtype of `x`.
 
@@ -99,7 +101,7 @@ def quantized_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bits: int,
     Raises:
         ValueError: If shapes or dtypes do not fit together.
     """
-    _require_layout(x, weight, weight_scale, bits)
+    require_layout(x, weight, weight_scale, bits)
     out = torch.empty(*x.shape[:-1], len(weight), dtype=x.dtype, device=x.device)
     for start, rows in dequantize_rows(weight, weight_scale, bits):
         out[..., start : start + len(rows)] = nn.functional.linear(
@@ -129,7 +131,7 @@ def unpack_int4(packed: Tensor) -> Tensor:
     return torch.stack((even, odd), dim=-1).flatten(-2)
 
 
-def _require_layout(x: Tensor, weight: Tensor, weight_scale: Tensor, bits: int) -> None:
+def require_layout(x: Tensor, weight: Tensor, weight_scale: Tensor, bits: int) -> None:
     """Raise ValueError unless the tensors are a quantized matrix in the stored layout and what it is applied to."""
     _largest_code(bits)
     dtype = torch.uint8 if bits == 4 else torch.int8

@@ -1,11 +1,9 @@
 """A linear layer whose weight is stored as INT4 or INT8 codes with scales, as functional.py lays them out."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from glm_hf.quantization.functional import dequantize_rows, quantized_linear
+from glm_hf.quantization.ops import quantized_linear
 
 
 class QuantizedLinear(nn.Linear):
@@ -57,29 +55,8 @@ class QuantizedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x @ weight.T + bias` for `x` `(..., K)`, in its dtype."""
-        return _QuantizedLinearFunction.apply(x, self.weight, self.weight_scale, self.bits, self.bias)
+        return quantized_linear(x, self.weight, self.weight_scale, self.bits, self.bias)
 
     def extra_repr(self) -> str:
         """Describe the layer in one line."""
         return f"{super().extra_repr()}, bits={self.bits}, num_groups={self.weight_scale.shape[1]}"
-
-
-class _QuantizedLinearFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, weight_scale: Tensor, bits: int, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(weight, weight_scale)
-        ctx.bits, ctx.has_bias = bits, bias is not None
-        return quantized_linear(x, weight, weight_scale, bits, bias)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, weight_scale = ctx.saved_tensors
-        grad_x = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            total = 0.0
-            for start, rows in dequantize_rows(weight, weight_scale, ctx.bits):
-                total = total + grad[..., start : start + len(rows)].float() @ rows  # (..., K)
-            grad_x = torch.as_tensor(total).to(grad.dtype)
-        if ctx.has_bias and ctx.needs_input_grad[4]:
-            grad_bias = grad.flatten(0, -2).sum(0)
-        return grad_x, None, None, None, grad_bias

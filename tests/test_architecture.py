@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import os
 import shutil
 import subprocess
 import sys
@@ -98,7 +99,10 @@ def test_public_names_are_there(module):
     assert set(PUBLIC[module]) <= set(names)
 
 
-def test_wheel_contains_every_room_and_nothing_else(tmp_path):
+@pytest.mark.parametrize("has_compiler", [True, False])
+def test_wheel_contains_every_room_and_nothing_else(tmp_path, has_compiler):
+    if has_compiler and not shutil.which("cc"):
+        pytest.skip("no C compiler here")
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
     sources = [name for name in listed.split("\0") if name and not name.startswith("tests/")]
     if not sources:
@@ -109,10 +113,14 @@ def test_wheel_contains_every_room_and_nothing_else(tmp_path):
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, target)
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "."]
-    subprocess.run([*command, "--wheel-dir", tmp_path / "wheel"], cwd=tmp_path / "source", check=True)
+    environment = dict(os.environ) if has_compiler else os.environ | {"CC": "no-such-compiler"}
+    subprocess.run([*command, "--wheel-dir", tmp_path / "wheel"], cwd=tmp_path / "source", check=True, env=environment)
     [wheel] = (tmp_path / "wheel").glob("*.whl")
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     expected = {"glm_hf/py.typed"}
+    if has_compiler:
+        expected.add("glm_hf/quantization/_kernels_cpu.abi3.so")
+        assert "-cp311-abi3-" in wheel.name
     for room, folder in ROOMS.items():
         package = "glm_hf" if room == "glm_hf" else f"glm_hf/{room}"
         tracked = [Path(name) for name in sources if Path(name).parent == Path(folder) and name.endswith(".py")]

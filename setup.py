@@ -1,0 +1,22 @@
+"""The C kernels, which are built where a compiler is at hand; everything else is in setup.cfg.
+
+They include no header of Python or torch, so one build serves all versions of both.
+"""
+
+import sys
+
+from setuptools import Extension, setup
+
+kernels_cpu = Extension(
+    "glm_hf.quantization._kernels_cpu",
+    sources=["quantization/kernels_cpu.c"],
+    depends=["quantization/kernels_cpu.h"],
+    extra_compile_args=["-O3", "-fvisibility=hidden"],
+    py_limited_api=True,
+    optional=True,
+)
+
+setup(
+    ext_modules=[] if sys.platform == "win32" else [kernels_cpu],
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+)
