@@ -5,12 +5,12 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: install demo test quality bench bench-conversion clean
+.PHONY: install demo test quality bench bench-conversion bench-int4 bench-decode clean
 
 install: $(INSTALLED)
 
 # torch goes first and by its pin, since a bare requirement may bring another build. Wheels are preferred to sources.
-$(INSTALLED): setup.cfg setup.py pyproject.toml constraints.txt quantization/kernels_cpu.c quantization/kernels_cpu.h
+$(INSTALLED): setup.cfg setup.py pyproject.toml constraints.txt $(wildcard quantization/kernels_cpu*.[ch])
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "transformers 5.23 needs Python 3.11 or newer")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
@@ -37,6 +37,14 @@ bench: $(INSTALLED)
 # Some minutes and 30 GB of disk
 bench-conversion: $(INSTALLED)
 	$(BIN)/python benchmarks/conversion.py
+
+# Ten minutes. Peers: `pip install bitsandbytes`, and llama.cpp's libraries by GGML=folder
+bench-int4: $(INSTALLED)
+	$(BIN)/python benchmarks/int4_linear.py $(if $(GGML),--ggml $(GGML))
+
+# Some minutes, 12 GB of memory and 6 GB of disk
+bench-decode: $(INSTALLED)
+	$(BIN)/python benchmarks/decode.py
 
 clean:
 	rm -rf $(VENV) .cache build dist *.egg-info

@@ -6,9 +6,9 @@ Activations are rounded to integers with one scale per token and chunk of at mos
 cut into planes, of 16 bits (`words`) or 8 bits (`bytes`), and every plane of a token is one column to multiply by:
     fp16, bf16   1 word or 2 bytes: 16 bits, finer than bf16 and, down to 1/16 of a chunk's largest, than fp16
     fp32         2 words or 3 bytes: 31 or 24 bits
-Bytes need VNNI; they save the widening of the codes, which pays off for a single token. Codes of 4 bits enter the products
-as code + 8 and, in bytes, codes of 8 bits as code + 128, so sums start at -8 or -128 times the sum of the activations.
-Sums are exact in 32 bits within a chunk; chunks are scaled and added up in fp32. */
+Bytes need VNNI; they save the widening of the codes, which pays off for a single token. Codes of 4 bits enter the
+products as code + 8 and, in bytes, codes of 8 bits as code + 128, so sums start at -8 or -128 times the sum of the
+activations. Sums are exact in 32 bits within a chunk; chunks are scaled and added up in fp32. */
 
 #include <math.h>
 #include <stdatomic.h>
@@ -19,14 +19,17 @@ Sums are exact in 32 bits within a chunk; chunks are scaled and added up in fp32
 #include <immintrin.h>
 #endif
 
-#define ALWAYS_INLINE static inline __attribute__((always_inline))
+#include "kernels_cpu_numbers.h"
+
 #define UNROLL _Pragma("GCC unroll 8")
 #define KEEP_IN_REGISTER(vector) __asm__("" : "+v"(vector)) /* else gcc 12 moves sums to the stack and back */
-/* The same step of the next tile, into level 2: rows are too short for the hardware to see them coming. */
+/* The same step of a later tile, into level 2: rows are too short for the hardware to see them coming. */
 #define PREFETCH(address) __builtin_prefetch(address, 0, 2)
+#define PREFETCH_SOON(address) __builtin_prefetch(address, 0, 3)
 #define EXPORT __attribute__((visibility("default")))
 
-enum { CHUNK = 2048, ROWS_PER_UNIT = 128, TOKENS_PER_UNIT = 16, SMALL_WORK = 1 << 18 };
+enum { CHUNK = 2048, MOST_ROWS_PER_UNIT = 512, TOKENS_PER_UNIT = 16, SMALL_WORK = 1 << 18 };
+enum { BYTES_AHEAD = 96 * 1024 /* between a prefetch and its use: several times the latency, a tenth of level 2 */ };
 enum { MOST_ROWS = 8, MOST_COLUMNS = 4 };
 enum dtype { FLOAT32, FLOAT16, BFLOAT16 };
 enum level { SCALAR, AVX2, AVX512, AVX512_VNNI };
@@ -41,7 +44,7 @@ struct job {
     void *out;
     int64_t M, N, K, num_groups, source_stride;
     int bits, source_dtype, bias_dtype, level, by_bytes, planes;
-    int64_t group_size, piece_size, num_pieces, chunk_size, num_chunks, x_stride;
+    int64_t group_size, piece_size, num_pieces, chunk_size, num_chunks, x_stride, rows_per_unit;
     void *x;           /* (M * planes, x_stride) bytes or words */
     float *x_scale;    /* (M * planes, num_chunks) */
     int32_t *x_offset; /* (M * planes, num_pieces): what sums of products start at */
@@ -54,47 +57,6 @@ ALWAYS_INLINE struct chunk chunk_of(const struct job *job, int64_t index)
 {
     const int64_t start = index * job->chunk_size, left = job->K - start;
     return (struct chunk){start, left < job->chunk_size ? left : job->chunk_size};
-}
-
-ALWAYS_INLINE float float_of_bits(uint32_t bits)
-{
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-}
-
-ALWAYS_INLINE uint32_t bits_of_float(float value)
-{
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    return bits;
-}
-
-ALWAYS_INLINE float half_to_float(uint16_t half)
-{
-    const uint32_t magnitude = half & 0x7fff, sign = (uint32_t)(half & 0x8000) << 16;
-    const float normal = float_of_bits((magnitude << 13) + (112u << 23));
-    const float small = (float)(int32_t)magnitude * 0x1p-24f;
-    const float value = magnitude < 0x0400 ? small : magnitude >= 0x7c00 ? float_of_bits((magnitude << 13) | 0x7f800000) : normal;
-    return float_of_bits(bits_of_float(value) | sign);
-}
-
-static uint16_t float_to_half(float value)
-{
-    const uint32_t bits = bits_of_float(value), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
-    if (magnitude > 0x7f800000)
-        return sign | 0x7e00;
-    if (magnitude >= 0x477ff000) /* rounds to more than 65504 */
-        return sign | 0x7c00;
-    if (magnitude < 0x38800000) /* subnormal: let fp32 addition round */
-        return sign | (bits_of_float(float_of_bits(magnitude) + 0.5f) - bits_of_float(0.5f));
-    return sign | ((magnitude - (112u << 23) + 0x0fff + (magnitude >> 13 & 1)) >> 13);
-}
-
-ALWAYS_INLINE uint16_t float_to_bfloat16(float value)
-{
-    const uint32_t bits = bits_of_float(value);
-    return (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
 ALWAYS_INLINE float element(const void *array, int dtype, int64_t index)
@@ -127,7 +89,8 @@ ALWAYS_INLINE void cut_into_columns(
     const int64_t num_pieces = (chunk.length + job->piece_size - 1) / job->piece_size;
     for (int plane = 0; plane < job->planes; plane++)
         memset(offsets + plane * job->num_pieces, 0, num_pieces * sizeof *offsets);
-    const int block = by_bytes ? 128 : 64, first_code = job->level == SCALAR ? 0 : bits == 4 ? -8 : by_bytes ? -128 : 0;
+    const int block = by_bytes ? 128 : 64;
+    const int first_code = job->level == SCALAR ? 0 : bits == 4 ? -8 : by_bytes ? -128 : 0;
     for (int64_t k = 0; k < chunk.length; k += block) {
         int32_t rest[MOST_BLOCK];
         for (int i = 0; i < block / 2; i++) {
@@ -284,13 +247,13 @@ static void round_tokens(int64_t begin, int64_t end, void *context)
 static void work(int64_t begin, int64_t end, void *context)
 {
     struct job *job = context;
-    const int64_t units_of_rows = (job->N + ROWS_PER_UNIT - 1) / ROWS_PER_UNIT;
+    const int64_t rows_per_unit = job->rows_per_unit, units_of_rows = (job->N + rows_per_unit - 1) / rows_per_unit;
     const int64_t num_units = units_of_rows * ((job->M + TOKENS_PER_UNIT - 1) / TOKENS_PER_UNIT);
     const int64_t most = job->by_bytes ? 1 : MOST_COLUMNS / job->planes;
     (void)begin, (void)end;
     for (int64_t unit; (unit = atomic_fetch_add(&job->next, 1)) < num_units;) {
-        const int64_t row = unit % units_of_rows * ROWS_PER_UNIT, token = unit / units_of_rows * TOKENS_PER_UNIT;
-        const int64_t rows = job->N - row < ROWS_PER_UNIT ? job->N - row : ROWS_PER_UNIT;
+        const int64_t row = unit % units_of_rows * rows_per_unit, token = unit / units_of_rows * TOKENS_PER_UNIT;
+        const int64_t rows = job->N - row < rows_per_unit ? job->N - row : rows_per_unit;
         const int64_t last = job->M - token < TOKENS_PER_UNIT ? job->M : token + TOKENS_PER_UNIT;
         for (int64_t t = token; t < last; t += most)
             multiply(job, row, rows, t * job->planes, (last - t < most ? last - t : most) * job->planes);
@@ -415,11 +378,16 @@ EXPORT int glm_quantized_linear(
             ;
         job.chunk_size = job.piece_size;
     }
+    job.rows_per_unit = (N / (num_threads * 8) + MOST_ROWS - 1) / MOST_ROWS * MOST_ROWS; /* threads share fairly */
+    job.rows_per_unit = job.rows_per_unit < 32 ? 32 : job.rows_per_unit;
+    if (job.rows_per_unit > MOST_ROWS_PER_UNIT)
+        job.rows_per_unit = MOST_ROWS_PER_UNIT;
     job.num_pieces = (K + job.piece_size - 1) / job.piece_size;
     job.num_chunks = (K + job.chunk_size - 1) / job.chunk_size;
     job.x_stride = (K + 127) / 128 * 128 + 64; /* columns at a power of two apart would share cache lines */
     const int64_t x_bytes = job.x_stride * (job.by_bytes ? 1 : 2);
-    const int64_t column_bytes = x_bytes + job.num_chunks * sizeof *job.x_scale + job.num_pieces * sizeof *job.x_offset;
+    const int64_t numbers = job.num_chunks * sizeof *job.x_scale + job.num_pieces * sizeof *job.x_offset;
+    const int64_t column_bytes = x_bytes + numbers;
     job.x = malloc(M * job.planes * column_bytes);
     if (!job.x)
         return 0;

@@ -60,19 +60,20 @@ TARGET static inline float NAME(sum_of_lanes)(__m256 v)
 #if !VNNI
 DEFINE_ROUND(
     NAME(round), TARGET,
-    for (int64_t k = 0; k < padded; k += LANES / 2) STORE(ints + k, ROUND(MULTIPLY(LOAD_FLOATS(values + k), BROADCAST(factor)))))
+    for (int64_t k = 0; k < padded; k += LANES / 2)
+        STORE(ints + k, ROUND(MULTIPLY(LOAD_FLOATS(values + k), BROADCAST(factor)))))
 #endif
 
 /* Add the products of 64 input features: INT4 in 32 bytes, INT8 in 64. Vectors are words. */
 TARGET ALWAYS_INLINE void NAME(add_words)(
-    INTS sums[MOST_ROWS][MOST_COLUMNS], const uint8_t *weight, int64_t stride, const int16_t *x, int64_t x_stride,
-    const int bits, const int rows, const int columns)
+    INTS sums[MOST_ROWS][MOST_COLUMNS], const uint8_t *weight, int64_t stride, int64_t ahead, const int16_t *x,
+    int64_t x_stride, const int bits, const int rows, const int columns)
 {
     for (int part = 0; part < 32; part += LANES) {
         INTS first[MOST_ROWS], second[MOST_ROWS];
         UNROLL for (int r = 0; r < rows; r++) {
             const uint8_t *row = weight + r * stride + part;
-            PREFETCH(row + rows * stride);
+            PREFETCH(row + ahead);
             const INTS both = bits == 4 ? UNSIGNED_WORDS(row) : SIGNED_WORDS(row);
             first[r] = bits == 4 ? HIGH_WORDS(both) : both;
             second[r] = bits == 4 ? LOW_WORDS(both) : SIGNED_WORDS(row + 32);
@@ -90,12 +91,13 @@ TARGET ALWAYS_INLINE void NAME(add_words)(
 
 /* Add the products of 64 bytes of codes: 128 input features of INT4, 64 of INT8. Vectors are bytes. */
 TARGET ALWAYS_INLINE void NAME(add_bytes)(
-    INTS sums[MOST_ROWS][MOST_COLUMNS], const uint8_t *weight, int64_t stride, const int8_t *x, int64_t x_stride,
-    const int bits, const int rows, const int columns)
+    INTS sums[MOST_ROWS][MOST_COLUMNS], const uint8_t *weight, int64_t stride, int64_t ahead, const int8_t *x,
+    int64_t x_stride, const int bits, const int rows, const int columns)
 {
     UNROLL for (int r = 0; r < rows; r++) {
         const INTS codes = LOAD(weight + r * stride);
-        PREFETCH(weight + (r + rows) * stride);
+        PREFETCH(weight + r * stride + ahead);
+        PREFETCH_SOON(weight + r * stride + 256);
         const INTS first =
             bits == 4 ? LOW_NIBBLES(_mm512_srli_epi16(codes, 4)) : _mm512_xor_si512(codes, _mm512_set1_epi8(-128));
         UNROLL for (int c = 0; c < columns; c++)
@@ -112,17 +114,17 @@ TARGET ALWAYS_INLINE void NAME(add_bytes)(
 
 /* Add the products of `step` input features. */
 TARGET ALWAYS_INLINE void NAME(add)(
-    INTS sums[MOST_ROWS][MOST_COLUMNS], const uint8_t *codes, int64_t stride, const void *x, int64_t x_start,
-    int64_t x_stride, const int bits, const int by_bytes, const int rows, const int columns)
+    INTS sums[MOST_ROWS][MOST_COLUMNS], const uint8_t *codes, int64_t stride, int64_t ahead, const void *x,
+    int64_t x_start, int64_t x_stride, const int bits, const int by_bytes, const int rows, const int columns)
 {
     (void)by_bytes;
 #if VNNI
     if (by_bytes) {
-        NAME(add_bytes)(sums, codes, stride, (const int8_t *)x + x_start, x_stride, bits, rows, columns);
+        NAME(add_bytes)(sums, codes, stride, ahead, (const int8_t *)x + x_start, x_stride, bits, rows, columns);
         return;
     }
 #endif
-    NAME(add_words)(sums, codes, stride, (const int16_t *)x + x_start, x_stride, bits, rows, columns);
+    NAME(add_words)(sums, codes, stride, ahead, (const int16_t *)x + x_start, x_stride, bits, rows, columns);
 }
 
 /* Multiply some rows of the weight by some columns of activations. */
@@ -133,6 +135,8 @@ TARGET ALWAYS_INLINE void NAME(tile)(
     const int64_t stride = job->K * bits / 8, step = by_bytes && bits == 4 ? 128 : 64;
     const uint8_t *weight = job->weight + row * stride;
     const uint16_t *scales = job->weight_scale + row * job->num_groups;
+    const int64_t tile_bytes = rows * stride, tiles_ahead = tile_bytes < BYTES_AHEAD ? BYTES_AHEAD / tile_bytes : 1;
+    const int64_t ahead = tiles_ahead * tile_bytes;
     const int64_t x_stride = job->x_stride, num_rest = job->K % step;
     const char *x = (const char *)job->x + column * x_stride * (by_bytes ? 1 : 2);
     uint8_t rest[MOST_ROWS][64] = {{0}}; /* the last, incomplete step of every row, padded */
@@ -163,7 +167,7 @@ TARGET ALWAYS_INLINE void NAME(tile)(
                     codes = rest[0];
                     codes_stride = 64;
                 }
-                NAME(add)(sums, codes, codes_stride, x, k, x_stride, bits, by_bytes, rows, columns);
+                NAME(add)(sums, codes, codes_stride, ahead, x, k, x_stride, bits, by_bytes, rows, columns);
                 UNROLL for (int r = 0; r < rows; r++)
                     UNROLL for (int c = 0; c < columns; c++)
                         KEEP_IN_REGISTER(sums[r][c]);
