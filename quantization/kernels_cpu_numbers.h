@@ -34,7 +34,7 @@ static uint16_t float_to_half(float value)
     const uint32_t bits = bits_of_float(value), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
     if (magnitude > 0x7f800000)
         return sign | 0x7e00;
-    if (magnitude >= 0x477ff000) /* rounds to more than 65504 */
+    if (magnitude >= 0x47800000) /* 65536; below, rounding carries into the exponent */
         return sign | 0x7c00;
     if (magnitude < 0x38800000) /* subnormal: let fp32 addition round */
         return sign | (bits_of_float(float_of_bits(magnitude) + 0.5f) - bits_of_float(0.5f));
