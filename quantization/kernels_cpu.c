@@ -268,26 +268,26 @@ struct decoding {
     int bits, level;
 };
 
-/* Write `count` codes as bf16, plainly. */
-static void decode(const uint8_t *codes, uint16_t *out, int64_t count, int bits)
+/* Write `count` codes times a scale as bf16, plainly. */
+static void decode(const uint8_t *codes, uint16_t *out, int64_t count, int bits, float scale)
 {
     for (int64_t k = 0; bits == 8 && k < count; k++)
-        out[k] = bits_of_float((int8_t)codes[k]) >> 16;
+        out[k] = float_to_bfloat16((int8_t)codes[k] * scale);
     for (int64_t k = 0; bits == 4 && k < count / 2; k++) {
-        out[2 * k] = bits_of_float((int8_t)codes[k] >> 4) >> 16;
-        out[2 * k + 1] = bits_of_float((int8_t)(codes[k] << 4) >> 4) >> 16;
+        out[2 * k] = float_to_bfloat16(((int8_t)codes[k] >> 4) * scale);
+        out[2 * k + 1] = float_to_bfloat16(((int8_t)(codes[k] << 4) >> 4) * scale);
     }
 }
 
 #if defined(__x86_64__)
-/* Write `count` codes as bf16; return how many were. One table entry per word, whose index is its low 5 bits. */
+/* Do the same for as many as fill whole vectors, and return how many; INT4 by a table with an index of 5 bits. */
 __attribute__((target("avx512f,avx512bw"))) static int64_t decode_avx512(
-    const uint8_t *codes, uint16_t *out, int64_t count, int bits)
+    const uint8_t *codes, uint16_t *out, int64_t count, int bits, float scale)
 {
     uint16_t table[32];
     for (int i = 0; i < 32; i++)
-        table[i] = bits_of_float((i & 15) - (i & 8) * 2) >> 16;
-    const __m512i values = _mm512_loadu_si512(table);
+        table[i] = float_to_bfloat16(((i & 15) - (i & 8) * 2) * scale);
+    const __m512i values = _mm512_loadu_si512(table), half = _mm512_set1_epi32(0x7fff), one = _mm512_set1_epi32(1);
     int64_t k = 0;
     for (; bits == 4 && k + 32 <= count; k += 32) {
         __m512i pairs = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(codes + k / 2)));
@@ -295,9 +295,11 @@ __attribute__((target("avx512f,avx512bw"))) static int64_t decode_avx512(
         _mm512_storeu_si512(out + k, _mm512_permutexvar_epi16(index, values));
     }
     for (; bits == 8 && k + 16 <= count; k += 16) {
-        __m512i wide = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(codes + k)));
-        __m512i floats = _mm512_castps_si512(_mm512_cvtepi32_ps(wide));
-        _mm256_storeu_si256((__m256i *)(out + k), _mm512_cvtepi32_epi16(_mm512_srli_epi32(floats, 16)));
+        __m512 wide = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(codes + k))));
+        __m512i floats = _mm512_castps_si512(_mm512_mul_ps(wide, _mm512_set1_ps(scale)));
+        __m512i to_even = _mm512_and_si512(_mm512_srli_epi32(floats, 16), one);
+        __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(floats, half), to_even);
+        _mm256_storeu_si256((__m256i *)(out + k), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
     }
     return k;
 }
@@ -306,26 +308,21 @@ __attribute__((target("avx512f,avx512bw"))) static int64_t decode_avx512(
 static void decode_rows(int64_t begin, int64_t end, void *context)
 {
     const struct decoding *job = context;
-    const int64_t stride = job->K * job->bits / 8, size = job->K / job->num_groups;
-    for (int64_t row = begin; row < end; row++) {
-        const uint8_t *codes = job->weight + row * stride;
-        uint16_t *out = job->out + row * job->K;
+    const int64_t size = job->K / job->num_groups;
+    for (int64_t group = begin * job->num_groups; group < end * job->num_groups; group++) {
+        const uint8_t *codes = job->weight + group * size * job->bits / 8;
+        const float scale = half_to_float(job->weight_scale[group]);
+        uint16_t *out = job->out + group * size;
         int64_t done = 0;
 #if defined(__x86_64__)
         if (job->level >= AVX512)
-            done = decode_avx512(codes, out, job->K, job->bits);
+            done = decode_avx512(codes, out, size, job->bits, scale);
 #endif
-        decode(codes + done * job->bits / 8, out + done, job->K - done, job->bits);
-        if (job->weight_scale)
-            for (int64_t g = 0; g < job->num_groups; g++) {
-                const float scale = half_to_float(job->weight_scale[row * job->num_groups + g]);
-                for (int64_t k = g * size; k < (g + 1) * size; k++)
-                    out[k] = float_to_bfloat16(scale * float_of_bits((uint32_t)out[k] << 16));
-            }
+        decode(codes + done * job->bits / 8, out + done, size - done, job->bits, scale);
     }
 }
 
-/* Write the bf16 matrix (N, K) of codes, times their scales if these are given. */
+/* Write the bf16 matrix (N, K) of codes times scales. */
 EXPORT void glm_decode(
     const void *weight, const void *weight_scale, void *out, int64_t N, int64_t K, int64_t num_groups, int bits,
     int level, parallel_for_function parallel_for)

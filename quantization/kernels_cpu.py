@@ -73,14 +73,13 @@ class KernelLibrary:
             raise MemoryError(f"no memory for {num_tokens} x {num_columns} rounded activations")
         return out
 
-    def decode(self, weight: Tensor, weight_scale: Tensor | None, bits: int) -> Tensor:
-        """Return the bf16 matrix `(N, K)` of codes, which is exact, or of codes times scales."""
+    def decode(self, weight: Tensor, weight_scale: Tensor, bits: int, level: int | None = None) -> Tensor:
+        """Return the bf16 matrix `(N, K)` of codes times scales; all contiguous."""
         num_rows, num_columns = len(weight), weight.shape[1] * 8 // bits
         out = torch.empty(num_rows, num_columns, dtype=torch.bfloat16)
-        num_groups = 1 if weight_scale is None else weight_scale.shape[1]
         self._decode(
-            *(weight.data_ptr(), None if weight_scale is None else weight_scale.data_ptr(), out.data_ptr()),
-            *(num_rows, num_columns, num_groups, bits, self.level, self._parallel_for),
+            *(weight.data_ptr(), weight_scale.data_ptr(), out.data_ptr(), num_rows, num_columns),
+            *(weight_scale.shape[1], bits, self.level if level is None else level, self._parallel_for),
         )
         return out
 
@@ -125,15 +124,12 @@ def linear_by_decoding(
 ) -> Tensor:
     """Return `(M, N)` of bf16 `x` `(M, K)`: decode some rows of the weight to bf16, multiply, go on."""
     out = x.new_empty(len(x), len(weight))
+    bias = None if bias is None else bias.to(x.dtype)
     step = rows_at_once(x.shape[1])
-    in_groups = weight_scale.shape[1] > 1
     for start in range(0, len(weight), step):
         rows = slice(start, start + step)
-        product = nn.functional.linear(
-            x, library.decode(weight[rows], weight_scale[rows] if in_groups else None, bits)
-        )
-        scaled = product if in_groups else product * weight_scale[rows, 0].float()
-        out[:, rows] = scaled if bias is None else scaled + bias[rows].float()
+        decoded = library.decode(weight[rows], weight_scale[rows], bits)
+        out[:, rows] = nn.functional.linear(x, decoded, None if bias is None else bias[rows])
     return out
 
 

@@ -3,6 +3,9 @@
 Being an operator, `torch.compile` keeps it whole. Shapes and stored layout: functional.py.
 """
 
+import functools
+import importlib.util
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,13 +15,15 @@ from torch import Tensor
 from glm_hf.quantization.functional import dequantize_rows, quantized_linear_reference, require_layout
 from glm_hf.quantization.kernels_cpu import decoded_rows, quantized_linear_cpu
 
+logger = logging.getLogger(__name__)
+
 
 def quantized_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bits: int, bias: Tensor | None = None) -> Tensor:
     """
     Return `x @ (code * weight_scale).T + bias`; gradients flow to `x` and `bias`.
 
-    Sums are fp32, rounded to the dtype of `x`. Activations enter as they are, or as 16-bit integers with a scale per
-    token and 2048 input features on CPUs; of many bf16 tokens, products are rounded to bf16 before they are scaled.
+    Sums are fp32, rounded once to the dtype of `x`. On CPUs, fp16 and bf16 activations enter as 16-bit integers with a
+    scale per token and 2048 input features, and for many tokens in bf16, weights are rounded to bf16, too.
 
     Args:
         x: `(..., K)`, floating point.
@@ -41,7 +46,20 @@ def quantized_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bits: int,
 def _quantized_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bits: int, bias: Tensor | None) -> Tensor:
     if x.device.type == "cpu":
         return quantized_linear_cpu(x, weight, weight_scale, bits, bias)
+    if x.is_cuda and has_triton():
+        from glm_hf.quantization.kernels_triton import quantized_linear_triton
+
+        return quantized_linear_triton(x, weight, weight_scale, bits, bias)
     return quantized_linear_reference(x, weight, weight_scale, bits, bias)
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Tell whether Triton is installed; says so once if it is not."""
+    found = importlib.util.find_spec("triton") is not None
+    if not found:
+        logger.warning("Triton is not installed, so INT4 and INT8 weights run by plain torch on GPUs, which is slow")
+    return found
 
 
 @_quantized_linear.register_fake

@@ -133,11 +133,11 @@ def test_any_not_a_number_stays_one(library):
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("num_columns", [2, 30, 40, 96])
-def test_decoded_codes_are_exact(library, bits, num_columns):
-    weight, scale, _ = matrix(5, num_columns, bits)
-    codes = unpack_int4(weight) if bits == 4 else weight
-    assert torch.equal(library.decode(weight, None, bits), codes.bfloat16())
-    assert torch.equal(library.decode(weight, scale, bits), (codes.float() * scale.float()).bfloat16())
+@pytest.mark.parametrize("num_groups", [1, 5])
+@pytest.mark.parametrize("level", [0, 3], ids=["plain C", "AVX-512"])
+def test_decoded_weights_are_rounded_once(library, bits, num_columns, num_groups, level):
+    weight, scale, exact = matrix(5, num_columns * num_groups, bits, num_groups)
+    assert torch.equal(library.decode(weight, scale, bits, min(level, library.level)), exact.float().bfloat16())
 
 
 @pytest.mark.parametrize("num_groups", [1, 3])
