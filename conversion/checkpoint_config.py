@@ -7,7 +7,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from glm_hf.configuration_glm import GLMConfig
-from glm_hf.conversion.model_tensors import model_tensors
+from glm_hf.conversion.model_tensors import Quantization, model_tensors, quantization_config
 from glm_hf.conversion.sat_checkpoint import SatCheckpoint
 from glm_hf.model_files import read_json
 
@@ -63,11 +63,16 @@ def require_model(checkpoint: SatCheckpoint) -> GLMConfig:
     names = [name for name, value in GLMConfig().to_dict().items() if name.endswith("_token_id") and value is not None]
     fields = {"num_attention_heads": checkpoint.tp_size} | {name: number for number, name in enumerate(names)}
     config = checkpoint_config(checkpoint, fields | _sizes(checkpoint))
-    checkpoint.require(
-        model_tensors(config, torch.float16, bits=checkpoint.bits, row_parallel_groups=checkpoint.tp_size)
-    )
+    checkpoint.require(model_tensors(config, torch.float16, stored_quantization(checkpoint)))
     checkpoint.check_values()
     return config
+
+
+def stored_quantization(checkpoint: SatCheckpoint) -> Quantization | None:
+    """Return how the weights of a checkpoint are quantized, each rank having scales of its own; None if not."""
+    if checkpoint.bits is None:
+        return None
+    return quantization_config(bits=checkpoint.bits, row_parallel_groups=checkpoint.tp_size)
 
 
 def _sizes(checkpoint: SatCheckpoint) -> dict[str, int]:

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from glm_hf.configuration_glm import GLMConfig
-from glm_hf.conversion.checkpoint_config import checkpoint_config
-from glm_hf.conversion.model_tensors import model_tensors, quantization_config
+from glm_hf.conversion.checkpoint_config import checkpoint_config, stored_quantization
+from glm_hf.conversion.model_tensors import Quantization, model_tensors, quantization_config
 from glm_hf.conversion.partial_folder import write_in_segments
 from glm_hf.conversion.safetensors_writer import ShardFile, plan_shards, write_index
 from glm_hf.conversion.sat_checkpoint import SatCheckpoint
@@ -39,14 +39,14 @@ class ConversionPlan:
         config: Configuration of the model to write.
         tokenizer: Tokenizer to write, None for none.
         shards: Files to write, in order.
-        bits: Bits of the quantized weights to write, None if they are not quantized.
+        quantization: How the weights to write are quantized, None if they are not.
     """
 
     checkpoint: SatCheckpoint
     config: GLMConfig
     tokenizer: PreTrainedTokenizerBase | None
     shards: list[ShardFile]
-    bits: int | None
+    quantization: Quantization | None
 
     @property
     def num_bytes(self) -> int:
@@ -62,7 +62,7 @@ class ConversionPlan:
             "model": f"{config.num_hidden_layers} layers, hidden size {config.hidden_size}, "
             f"{config.num_attention_heads} heads, vocabulary of {config.vocab_size}",
             "tensors": f"{sum(len(shard.tensors) for shard in self.shards):,} in {stored}"
-            + (f", the linears of the layers in int{self.bits}" if self.bits else ""),
+            + (f", the linears of the layers in int{self.quantization.bits}" if self.quantization else ""),
             "shards": f"{len(self.shards)}, the largest of {max(shard.num_bytes for shard in self.shards):,} bytes",
             "memory": f"at most {PEAK_MEMORY_BYTES:,} bytes beside the interpreter's own",
             "disk": f"{self.num_bytes:,} bytes needed, {free_space(dst):,} free",
@@ -77,9 +77,8 @@ class ConversionPlan:
         with torch.device("meta"):
             GLMForBlankInfilling(self.config).generation_config.save_pretrained(folder)
         config = GLMConfig.from_dict(self.config.to_dict())
-        if self.bits is not None:
-            groups = self.checkpoint.tp_size if self.checkpoint.bits else 1
-            config.quantization_config = quantization_config(self.bits, groups)
+        if self.quantization is not None:
+            config.quantization_config = self.quantization.to_dict()
         config.save_pretrained(folder)
 
 
@@ -149,21 +148,26 @@ def plan_conversion(
     if not checkpoint.dtypes:
         raise ValueError(f"{checkpoint.folder} holds integers only; expected the tensors of GLM-130B")
     model_config.dtype = _output_dtype(checkpoint, dtype)
-    tensors = model_tensors(
-        model_config, model_config.dtype, bits=checkpoint.bits, row_parallel_groups=checkpoint.tp_size
-    )
+    stored_as = stored_quantization(checkpoint)
+    tensors = model_tensors(model_config, model_config.dtype, stored_as)
     checkpoint.require(tensors)
     bits = _output_bits(checkpoint, quantization)
     if bits != checkpoint.bits:
-        tensors = model_tensors(model_config, model_config.dtype, bits=bits)
+        stored_as = quantization_config(bits=bits)
+        tensors = model_tensors(model_config, model_config.dtype, stored_as)
     loaded = None if tokenizer is None else _load_tokenizer(tokenizer)
     if loaded is not None:
         _check_tokenizer(loaded, model_config)
+    units = made_together(tensors) if checkpoint.bits is None else {name: {name: tensors[name]} for name in tensors}
+    return ConversionPlan(checkpoint, model_config, loaded, plan_shards(units, max_shard_size), stored_as)
+
+
+def made_together(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Return tensors by name in the groups that are made together: a weight with the scale that is made from it."""
     units: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        made_with = name.removesuffix("_scale") if checkpoint.bits is None else name
-        units.setdefault(made_with, {})[name] = tensor
-    return ConversionPlan(checkpoint, model_config, loaded, plan_shards(units, max_shard_size), bits)
+        units.setdefault(name.removesuffix("_scale"), {})[name] = tensor
+    return units
 
 
 def converted(
@@ -186,7 +190,7 @@ def converted(
     """
     dtype = unit[name].dtype
     if source_dtype.is_floating_point and not dtype.is_floating_point:
-        yield from _quantized(name, blocks, bits=4 if dtype == torch.uint8 else 8)
+        yield from _quantized(name, blocks, 4 if dtype == torch.uint8 else 8, unit[f"{name}_scale"].shape[1])
         return
     for block in blocks:
         stored = block.to(dtype) if dtype.is_floating_point else block.view(dtype)
@@ -196,11 +200,11 @@ def converted(
         yield name, stored
 
 
-def _quantized(name: str, blocks: Iterator[Tensor], bits: int) -> Iterator[tuple[str, Tensor]]:
+def _quantized(name: str, blocks: Iterator[Tensor], bits: int, num_groups: int) -> Iterator[tuple[str, Tensor]]:
     scales = []
     for block in blocks:
         try:
-            weight, weight_scale = quantize_weight(block, bits=bits)
+            weight, weight_scale = quantize_weight(block, bits=bits, group_size=block.shape[1] // num_groups)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         scales.append(weight_scale)

@@ -38,7 +38,7 @@ def export_sat_checkpoint(src: str | Path, dst: str | Path, *, tp_size: int, res
         OSError: If the disk has too little space, or another process is writing to `dst`.
     """
     source = ModelFolder(src)
-    _require_original(source.config)
+    _require_original(source)
     _require_heads(source.config.num_attention_heads, tp_size)
     _write_sat(source, Path(dst), tp_size, source.config, "release", {}, resume)
 
@@ -80,14 +80,22 @@ def reshard_sat_checkpoint(src: str | Path, dst: str | Path, *, tp_size: int, re
     _write_sat(source, Path(dst), tp_size, rotary_config, source.folder.name, source.iteration, resume)
 
 
-def _require_original(config: GLMConfig) -> None:
+def _require_original(source: ModelFolder) -> None:
     """Raise ValueError unless the original code, where all of this is fixed, computes what the model computes."""
+    config = source.config
     if not config.tie_word_embeddings:
         raise ValueError("the model has an output matrix of its own, which SAT checkpoints of GLM-130B cannot hold")
     for name in ("layer_norm_eps", "rope_parameters"):
         value, fixed = getattr(config, name), getattr(GLMConfig(), name)
         if value != fixed:
             raise ValueError(f"the model has {name} = {value}, but the original code always computes with {fixed}")
+    released = {"group_size": None, "modules_to_not_convert": None, "quantize_embeddings": False}
+    for name, fixed in released.items() if source.quantization else ():
+        if (value := getattr(source.quantization, name)) != fixed:
+            raise ValueError(
+                f"the model is quantized with {name} = {value}, but SAT checkpoints have the linears of the layers "
+                "quantized and nothing else, by whole rows; export the model that is not quantized"
+            )
 
 
 def _require_heads(num_heads: int, tp_size: int) -> None:

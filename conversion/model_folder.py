@@ -33,8 +33,8 @@ class ModelFolder:
 
     Attributes:
         config: The model's configuration, without that of the quantization.
-        bits: Bits of the quantized weights, None if they are not quantized.
-        row_parallel_groups: Scales per row of the row-parallel weights.
+        quantization: How weights are quantized, None if they are not.
+        sources: Size, time of change and hash of the header of every file by its name.
 
     Raises:
         FileNotFoundError: If the folder or one of its files is missing.
@@ -47,15 +47,14 @@ class ModelFolder:
         fields = read_json(self._folder / "config.json")
         if fields.get("model_type") != GLMConfig.model_type:
             raise ValueError(f"{src} must be a model of type {GLMConfig.model_type}, got {fields.get('model_type')}")
-        self.bits: int | None = None
-        self.row_parallel_groups = 1
-        if quantization := fields.pop("quantization_config", None):
-            if not isinstance(quantization, dict):
-                raise ValueError(f"{src}/config.json: quantization_config must be an object, got {quantization}")
-            self.bits, groups = (quantization.get(key) for key in ("bits", "row_parallel_groups"))
-            self.row_parallel_groups = groups if type(groups) is int and groups > 0 else 1
-            if quantization not in [quantization_config(bits, self.row_parallel_groups) for bits in (4, 8)]:
-                raise ValueError(f"{src} is quantized in a way that SAT checkpoints do not know: {quantization}")
+        self.quantization = None
+        if stored_as := fields.pop("quantization_config", None):
+            if not isinstance(stored_as, dict):
+                raise ValueError(f"{src}/config.json: quantization_config must be an object, got {stored_as}")
+            try:
+                self.quantization = quantization_config(**stored_as)
+            except ValueError as error:
+                raise ValueError(f"{src}/config.json: {error}") from error
         try:
             self.config = GLMConfig.from_dict(fields)
         except (StrictDataclassError, AttributeError, TypeError) as error:
@@ -70,6 +69,11 @@ class ModelFolder:
         self.sources = {path.name: _fingerprint(path) for path in paths}
 
     @property
+    def bits(self) -> int | None:
+        """Bits of the quantized linears, None if weights are not quantized."""
+        return None if self.quantization is None else self.quantization.bits
+
+    @property
     def tensors(self) -> dict[str, Tensor]:
         """All tensors, on meta by name and in the order of the model."""
         return {
@@ -82,7 +86,7 @@ class ModelFolder:
         return read_merged(REPLICATED, [self._stored[name]])
 
     def _expected(self) -> dict[str, Tensor]:
-        return model_tensors(self.config, torch.float16, bits=self.bits, row_parallel_groups=self.row_parallel_groups)
+        return model_tensors(self.config, torch.float16, self.quantization)
 
     def _require_model(self) -> None:
         """Raise ValueError unless the files hold exactly the tensors of the model."""

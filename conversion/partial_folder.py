@@ -65,7 +65,8 @@ def write_in_segments(
     """
     Write all `segments` to the folder `dst`, going on with an interrupted run.
 
-    On an error, finished segments stay for the next run; without any, nothing stays.
+    On an error, finished segments stay for the next run. Without any, or if the sources are at fault (ValueError), so
+    that they must change before there can be another, nothing stays.
 
     Args:
         dst: Vacant destination, absolute; missing parents are made.
@@ -158,7 +159,7 @@ def _run(
     except BaseException as error:
         if isinstance(error, OSError) and error.filename is None:
             error.filename = str(dst)  # a full disk does not tell which
-        if done:
+        if done and not isinstance(error, ValueError):
             error.add_note(f"{len(done)} of {len(segments)} parts are finished; run the same command to go on")
         else:
             _remove(home)

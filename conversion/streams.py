@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -55,13 +56,23 @@ def split_block(
 
 
 def read_ahead(items: Iterator[Item]) -> Iterator[Item]:
-    """Yield `items`, of which a thread makes the next one while the caller works on the last."""
+    """
+    Yield `items`, of which a thread makes the next one while the caller works on the last.
+
+    Meanwhile torch uses one thread less, as the caller needs a core: threads of torch that wait for one that has no
+    core, block by block, are several times slower than fewer threads.
+    """
     end = object()
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        coming = pool.submit(next, items, end)
-        while (item := coming.result()) is not end:
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, num_threads - 1))
+    try:
+        with ThreadPoolExecutor(max_workers=1) as pool:
             coming = pool.submit(next, items, end)
-            yield item  # type: ignore[misc]
+            while (item := coming.result()) is not end:
+                coming = pool.submit(next, items, end)
+                yield item  # type: ignore[misc]
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def progress_bar(action: str, num_bytes: int, num_done: int = 0) -> tqdm:

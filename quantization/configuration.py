@@ -1,5 +1,7 @@
 """How the weights of a model are stored as INT4 or INT8: the entry `quantization_config` of config.json."""
 
+from typing import Any
+
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 QUANT_METHOD = "glm130b"
@@ -13,9 +15,11 @@ class GLMQuantizationConfig(QuantizationConfigMixin):
         bits: 4 or 8.
         group_size: Input features that share a scale; None for one scale per row, the released form.
         modules_to_not_convert: Linears that stay as they are: names, their ends, or regular expressions for their
-            beginnings. The output matrix always stays.
+            beginnings. The output matrix stays unless `quantize_embeddings` is set.
         row_parallel_groups: Scales per row of `attention.dense` and `mlp.dense_4h_to_h` in a model that was quantized
             on that many tensor-parallel ranks, each by itself.
+        quantize_embeddings: Whether the token embedding and the output matrix, tied or not, are stored as INT8 with
+            one scale per row, for 4 bits too.
         quant_method: The name of this method in config.json.
 
     Raises:
@@ -28,6 +32,7 @@ class GLMQuantizationConfig(QuantizationConfigMixin):
         group_size: int | None = None,
         modules_to_not_convert: list[str] | None = None,
         row_parallel_groups: int = 1,
+        quantize_embeddings: bool = False,
         quant_method: str = QUANT_METHOD,
     ) -> None:
         if quant_method != QUANT_METHOD:
@@ -36,12 +41,25 @@ class GLMQuantizationConfig(QuantizationConfigMixin):
             raise ValueError(f"bits must be 4 or 8, got {bits}")
         if group_size is not None and not (type(group_size) is int and group_size > 0):
             raise ValueError(f"group_size must be a positive integer or None for whole rows, got {group_size}")
+        names = [] if modules_to_not_convert is None else modules_to_not_convert
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"modules_to_not_convert must be a list of names, got {modules_to_not_convert!r}")
         if not (type(row_parallel_groups) is int and row_parallel_groups > 0):
             raise ValueError(f"row_parallel_groups must be a positive integer, got {row_parallel_groups}")
         if group_size is not None and row_parallel_groups > 1:
             raise ValueError("weights have either groups of group_size or row_parallel_groups, not both")
+        if type(quantize_embeddings) is not bool:
+            raise ValueError(f"quantize_embeddings must be True or False, got {quantize_embeddings!r}")
         self.quant_method = quant_method
         self.bits = bits
         self.group_size = group_size
         self.modules_to_not_convert = modules_to_not_convert
         self.row_parallel_groups = row_parallel_groups
+        self.quantize_embeddings = quantize_embeddings
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the entry of config.json, which tells of embeddings only where they are quantized."""
+        fields = super().to_dict()
+        if not self.quantize_embeddings:
+            del fields["quantize_embeddings"]
+        return fields

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 LARGEST_CODES = {8: 127, 4: 7}
+EMBEDDING_BITS = 8  # of quantized embeddings and output matrices, one scale per row, whatever the layers have
 ROWS_AT_ONCE = 2048
 
 
@@ -35,9 +36,12 @@ def quantize_weight(weight: Tensor, *, bits: int, group_size: int | None = None)
         `weight` and `weight_scale` in the stored layout.
 
     Raises:
-        ValueError: If `bits` or `group_size` does not fit, or a weight is not finite in fp16.
+        ValueError: If `weight` is not such a matrix, `bits` or `group_size` does not fit it, or a weight is not finite
+            in fp16.
     """
     _largest_code(bits)
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise ValueError(f"weight must be a floating point matrix, got {tuple(weight.shape)} {weight.dtype}")
     num_columns = weight.shape[-1]
     group_size = num_columns if group_size is None else group_size
     if group_size < 1 or num_columns % group_size or (bits == 4 and group_size % 2):
@@ -60,7 +64,8 @@ def quantize_by_absmax(weight: Tensor, absmax: Tensor, bits: int) -> tuple[Tenso
     if not weight_scale.isfinite().all():
         raise ValueError("weights must be finite in fp16 to be quantized, but some are infinite or not a number")
     divisor = weight_scale.masked_fill(weight_scale == 0, 1)[..., None]
-    codes = (groups / divisor).round_().clamp_(-largest, largest).to(torch.int8).flatten(-2)  # (N, K)
+    quotients = (groups / divisor).round_().clamp_(-largest, largest)
+    codes = quotients.float().to(torch.int8).flatten(-2)  # (N, K); torch's cast from fp16 is several times slower
     return (pack_int4(codes) if bits == 4 else codes), weight_scale
 
 
@@ -74,9 +79,9 @@ def dequantize_weight(weight: Tensor, weight_scale: Tensor, bits: int) -> Tensor
         bits: 8 or 4.
 
     Raises:
-        ValueError: If `bits` is neither 8 nor 4.
+        ValueError: If shapes or dtypes do not fit together.
     """
-    _largest_code(bits)
+    require_stored(weight, weight_scale, bits)
     codes = unpack_int4(weight) if bits == 4 else weight  # (N, K)
     groups = codes.half().unflatten(-1, (weight_scale.shape[-1], -1))  # (N, G, K/G)
     return (groups * weight_scale[..., None]).flatten(-2)
@@ -121,8 +126,8 @@ def dequantize_rows(weight: Tensor, weight_scale: Tensor, bits: int) -> Iterator
 
 def pack_int4(codes: Tensor) -> Tensor:
     """Pack int8 codes `(..., K)` of 4 bits, in [-8, 7], into uint8 `(..., K/2)`; `K` must be even."""
-    even, odd = codes.view(torch.uint8).unflatten(-1, (-1, 2)).unbind(-1)
-    return (even << 4) | (odd & 15)
+    pairs = codes.clone(memory_format=torch.contiguous_format).view(torch.int16)  # the even code in the low byte
+    return ((pairs << 4) & 0xF0 | (pairs >> 8) & 0x0F).to(torch.uint8)
 
 
 def unpack_int4(packed: Tensor) -> Tensor:
@@ -133,17 +138,25 @@ def unpack_int4(packed: Tensor) -> Tensor:
 
 def require_layout(x: Tensor, weight: Tensor, weight_scale: Tensor, bits: int) -> None:
     """Raise ValueError unless the tensors are a quantized matrix in the stored layout and what it is applied to."""
+    require_stored(weight, weight_scale, bits)
+    num_columns = weight.shape[1] * 8 // bits
+    if not x.is_floating_point() or x.shape[-1:] != (num_columns,):
+        raise ValueError(f"x must be floating point (..., {num_columns}), got {tuple(x.shape)} {x.dtype}")
+
+
+def require_stored(weight: Tensor, weight_scale: Tensor, bits: int) -> None:
+    """Raise ValueError unless the tensors are a quantized matrix in the stored layout."""
     _largest_code(bits)
     dtype = torch.uint8 if bits == 4 else torch.int8
     if weight.dtype != dtype or weight.dim() != 2:
         raise ValueError(f"weight must be a {dtype} matrix for {bits} bits, got {tuple(weight.shape)} {weight.dtype}")
-    num_columns = weight.shape[1] * 8 // bits
-    if not x.is_floating_point() or x.shape[-1:] != (num_columns,):
-        raise ValueError(f"x must be floating point (..., {num_columns}), got {tuple(x.shape)} {x.dtype}")
-    if weight_scale.dim() != 2 or len(weight_scale) != len(weight) or num_columns % weight_scale.shape[1]:
+    num_rows, num_columns, shape = len(weight), weight.shape[1] * 8 // bits, weight_scale.shape
+    if len(shape) != 2 or shape[0] != num_rows or shape[1] == 0 or num_columns % shape[1]:
         raise ValueError(
-            f"weight_scale must be ({len(weight)}, G), where G divides {num_columns}, got {tuple(weight_scale.shape)}"
+            f"weight_scale must be ({num_rows}, G), where G divides {num_columns}, got {tuple(weight_scale.shape)}"
         )
+    if not weight_scale.is_floating_point():
+        raise ValueError(f"weight_scale must be floating point, got {weight_scale.dtype}")
 
 
 def _largest_code(bits: int) -> int:

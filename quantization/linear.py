@@ -26,6 +26,8 @@ class QuantizedLinear(nn.Linear):
         weight_scale: `(N, G)` fp16.
     """
 
+    _hf_quantized_needs_local_tp = True  # of tensor-parallel weights, `forward` gets this rank's part in training too
+
     def __init__(
         self,
         in_features: int,
@@ -52,6 +54,21 @@ class QuantizedLinear(nn.Linear):
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
         )
+
+    @property
+    def _hf_tp_plan(self) -> str | None:
+        """How ranks share the layer, which PEFT notes here when it puts adapters on a layer of a parallel model."""
+        return self.__dict__.get("_hf_tp_plan")
+
+    @_hf_tp_plan.setter
+    def _hf_tp_plan(self, style: str) -> None:
+        """Raise ValueError for adapters that would not fit: PEFT takes the shape of codes for that of the weight."""
+        if style != "colwise" or self.bits == 4:
+            raise ValueError(
+                "adapters on quantized weights work under tensor parallelism on INT8 query_key_value only, got "
+                f"{self.bits} bits cut {style}; train them without tensor parallelism"
+            )
+        self.__dict__["_hf_tp_plan"] = style
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x @ weight.T + bias` for `x` `(..., K)`, in its dtype."""

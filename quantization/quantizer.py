@@ -2,23 +2,28 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
+from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 
+from glm_hf.quantization.codes import Codes
 from glm_hf.quantization.configuration import QUANT_METHOD, GLMQuantizationConfig
-from glm_hf.quantization.functional import absmax_of_groups, quantize_by_absmax
+from glm_hf.quantization.embedding import QuantizedEmbedding
+from glm_hf.quantization.functional import EMBEDDING_BITS, absmax_of_groups, dequantize_rows, quantize_by_absmax
 from glm_hf.quantization.linear import QuantizedLinear
 
 ROW_PARALLEL = ("attention.dense", "mlp.dense_4h_to_h")
+QUANTIZED = (QuantizedLinear, QuantizedEmbedding)
 
 
 class GLMQuantizer(HfQuantizer):
-    """Replaces linears by `QuantizedLinear`, before loading on meta."""
+    """Replaces linears by `QuantizedLinear`, and embeddings by `QuantizedEmbedding`, before loading on meta."""
 
     quantization_config: GLMQuantizationConfig
 
@@ -30,15 +35,10 @@ class GLMQuantizer(HfQuantizer):
                 "and load that, or leave the disk out of device_map"
             )
 
-    @property
-    def quantized_element_size(self) -> float:
-        """Bytes per weight."""
-        return self.quantization_config.bits / 8
-
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         """Tell whether a parameter is a weight to be quantized while loading."""
         module, name = get_module_from_name(model, param_name)
-        return not self.pre_quantized and isinstance(module, QuantizedLinear) and name == "weight"
+        return not self.pre_quantized and isinstance(module, QUANTIZED) and name == "weight"
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         config = self.quantization_config
@@ -47,6 +47,12 @@ class GLMQuantizer(HfQuantizer):
         for name, linear in linears.items():
             if should_convert_module(name, kept):
                 model.set_submodule(name, self._quantized(name, linear))
+        if config.quantize_embeddings:
+            quantize_embeddings(model)
+        tp_size = getattr(getattr(model.config, "distributed_config", None), "tp_size", 1)
+        for name, module in model.named_modules():
+            if isinstance(module, QuantizedLinear) and name.endswith(ROW_PARALLEL):
+                require_divisible(name, module, tp_size)
 
     def _quantized(self, name: str, linear: nn.Linear) -> QuantizedLinear:
         """Return the layer, on meta, that stands for `linear`."""
@@ -56,37 +62,60 @@ class GLMQuantizer(HfQuantizer):
             if linear.in_features % config.group_size:
                 raise ValueError(f"group_size must divide the {linear.in_features} input features of {name}")
             num_groups = linear.in_features // config.group_size
-        return QuantizedLinear(
-            linear.in_features,
-            linear.out_features,
-            bits=config.bits,
-            num_groups=num_groups,
-            bias=linear.bias is not None,
-            dtype=linear.weight.dtype,
-            device="meta",
-        )
+        try:
+            return QuantizedLinear(
+                linear.in_features,
+                linear.out_features,
+                bits=config.bits,
+                num_groups=num_groups,
+                bias=linear.bias is not None,
+                dtype=linear.weight.dtype,
+                device="meta",
+            )
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        codes: dict[nn.Parameter, Codes] = {}  # what is tied stays tied
         for module in model.modules():
-            if isinstance(module, QuantizedLinear):
+            if isinstance(module, QUANTIZED):
                 module.weight_scale.requires_grad_(False)  # loading turns it on for whatever is floating point
-                if is_cut_by_columns(module) and module.weight_scale.shape[1] % module.weight.device_mesh.size():
-                    if module.weight_scale.shape[1] > 1:
-                        raise ValueError(
-                            f"tp_size must divide the {module.weight_scale.shape[1]} groups of every row, got "
-                            f"{module.weight.device_mesh.size()}"
-                        )
+                if not isinstance(module.weight, DTensor):
+                    module.weight = codes.setdefault(module.weight, Codes(module.weight))
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """
+        Replace quantized layers, also those with adapters, by plain ones of `dtype`, frozen as the codes were.
+
+        Raises:
+            ValueError: If weights are spread over devices, ranks or the disk.
+        """
+        modules = {name: module for name, module in model.named_modules() if isinstance(module, QUANTIZED)}
+        for name, module in modules.items():
+            if module.weight.is_meta or isinstance(module.weight, DTensor) or hasattr(module, "_hf_hook"):
+                raise ValueError(
+                    f"{name} is spread over devices, ranks or the disk; load the model on one device first"
+                )
+        dense: dict[nn.Parameter, nn.Parameter] = {}  # what was tied stays tied
+        for name, module in modules.items():
+            if module.weight not in dense:
+                dense[module.weight] = dequantized_parameter(module, dtype or module.weight_scale.dtype)
+            model.set_submodule(name, dense_layer(module, dense[module.weight]))
+        untie_scales(model)
+        return model
 
     def get_quantize_ops(self) -> ConversionOps:
         """Return what makes codes and scales of a weight."""
-        return QuantizeWeight(self.quantization_config)
+        return QuantizeWeight()
 
     def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
         """Leave the scales of row-parallel weights whole where a row has one; groups are cut as their columns are."""
         super().update_parallel_plan(model, plan)
-        if self.quantization_config.group_size is None and self.quantization_config.row_parallel_groups == 1:
-            for name in [name for name, style in plan.items() if style == "rowwise"]:
-                plan[f"{name}.weight_scale"] = "replicate"
+        for name, module in model.named_modules():
+            layer = replace_layer_number_by_wildcard(name)
+            is_whole = isinstance(module, QuantizedLinear) and module.weight_scale.shape[1] == 1
+            if is_whole and plan.get(layer) == "rowwise":
+                plan[f"{layer}.weight_scale"] = "replicate"
 
     def is_serializable(self) -> bool:
         """Tell that `save_pretrained` saves codes and scales."""
@@ -106,9 +135,6 @@ class GLMQuantizer(HfQuantizer):
 class QuantizeWeight(ConversionOps):
     """Makes `weight` and `weight_scale` of a weight that has just been read."""
 
-    def __init__(self, config: GLMQuantizationConfig) -> None:
-        self.config = config
-
     def convert(
         self,
         input_dict: dict[str, list[Tensor]],
@@ -121,20 +147,73 @@ class QuantizeWeight(ConversionOps):
         assert model is not None
         [[weight]] = input_dict.values()
         module = get_module_from_name(model, full_layer_name)[0]
-        group_size = min(module.in_features // module.weight_scale.shape[1], weight.shape[1])
+        num_columns = module.weight.shape[1] * 8 // module.bits
+        group_size = min(num_columns // module.weight_scale.shape[1], weight.shape[1])
         try:
             absmax = absmax_of_groups(weight, group_size)
             if is_cut_by_columns(module) and module.weight_scale.shape[1] == 1:
                 distributed.all_reduce(absmax, distributed.ReduceOp.MAX, module.weight.device_mesh.get_group())
-            codes, scale = quantize_by_absmax(weight, absmax, self.config.bits)
+            codes, scale = quantize_by_absmax(weight, absmax, module.bits)
         except ValueError as error:
             raise ValueError(f"{full_layer_name}: {error}") from error
         return {full_layer_name: codes, f"{full_layer_name}_scale": scale}
 
 
-def is_cut_by_columns(module: QuantizedLinear) -> bool:
+def is_cut_by_columns(module: QuantizedLinear | QuantizedEmbedding) -> bool:
     """Tell whether every tensor-parallel rank holds some columns of the layer's weight."""
     return isinstance(module.weight, DTensor) and module.weight.placements[0].is_shard(dim=1)
+
+
+def require_divisible(name: str, module: QuantizedLinear, tp_size: int) -> None:
+    """Raise ValueError unless the columns of a row-parallel layer, and its groups, can be cut over the ranks."""
+    num_bytes, num_groups = module.weight.shape[1], module.weight_scale.shape[1]
+    if num_bytes % tp_size or (num_groups > 1 and num_groups % tp_size):
+        what = f"{num_groups} groups" if num_groups > 1 else f"{num_bytes} bytes"
+        raise ValueError(f"tp_size must divide the {what} of a row of {name}, got {tp_size}")
+
+
+def quantize_embeddings(model: PreTrainedModel) -> None:
+    """Replace the embedding and the output matrix, on meta; where they are tied, their scales are tied as well."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    dtype = embedding.weight.dtype
+    quantized = QuantizedEmbedding(embedding.num_embeddings, embedding.embedding_dim, dtype=dtype, device="meta")
+    model.set_input_embeddings(quantized)
+    if head is not None:
+        sizes = (head.in_features, head.out_features)
+        model.set_output_embeddings(QuantizedLinear(*sizes, bits=EMBEDDING_BITS, bias=False, device="meta"))
+        scales = {f"{target}_scale": f"{source}_scale" for target, source in model._tied_weights_keys.items()}
+        model._tied_weights_keys = model._tied_weights_keys | scales
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys()
+
+
+def untie_scales(model: PreTrainedModel) -> None:
+    """Undo what `quantize_embeddings` did to the names of tied weights."""
+    for names in (model._tied_weights_keys or {}, model.all_tied_weights_keys):
+        for name in [name for name in names if name.endswith("_scale")]:
+            del names[name]
+
+
+def dequantized_parameter(module: QuantizedLinear | QuantizedEmbedding, dtype: torch.dtype) -> nn.Parameter:
+    """Return the matrix that codes and scales of a layer stand for, every product rounded once to `dtype`."""
+    weight = module.weight
+    matrix = torch.empty(len(weight), weight.shape[1] * 8 // module.bits, dtype=dtype, device=weight.device)
+    for start, rows in dequantize_rows(weight, module.weight_scale, module.bits):
+        matrix[start : start + len(rows)] = rows
+    return nn.Parameter(matrix, requires_grad=False)
+
+
+def dense_layer(module: QuantizedLinear | QuantizedEmbedding, weight: nn.Parameter) -> nn.Module:
+    """Return the plain layer with this weight, and with the bias of `module` in its dtype."""
+    bias = getattr(module, "bias", None)
+    with torch.device("meta"):
+        if isinstance(module, QuantizedEmbedding):
+            layer: nn.Module = nn.Embedding(*weight.shape)
+        else:
+            layer = nn.Linear(module.in_features, module.out_features, bias=bias is not None)
+    layer.weight = weight
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach().to(weight.dtype), requires_grad=bias.requires_grad)
+    return layer.train(module.training)
 
 
 def register_quantizer() -> None:

@@ -59,6 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_convert(commands)
+    add_quantize(commands)
     add_export_sat(commands)
     add_reshard(commands)
     add_verify(commands)
@@ -108,6 +109,28 @@ def convert(options: argparse.Namespace) -> None:
         require_space(dst, plan.num_bytes - bytes_of_interrupted_run(dst))
         return
     convert_sat_checkpoint(options.src, options.dst, **settings, resume=not options.no_resume)
+    print(options.dst)
+
+
+def add_quantize(commands: Any) -> None:
+    """Add `quantize`."""
+    command = add_command(commands, "quantize", quantize, "Quantize a Hugging Face folder without loading the model.")
+    command.add_argument("src", help="folder of a model that is not quantized")
+    command.add_argument("dst", help="new folder")
+    command.add_argument("--bits", type=int, choices=(4, 8), required=True, help="of the weights of the layers")
+    command.add_argument("--group-size", type=int, metavar="N", help="input features per scale (default: whole rows)")
+    command.add_argument("--quantize-embeddings", action="store_true", help="INT8 embedding and output matrix too")
+    command.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest output file (default: 5GB)")
+    command.add_argument("--no-resume", action="store_true", help="throw away what an interrupted run has left")
+
+
+def quantize(options: argparse.Namespace) -> None:
+    """Run `quantize`."""
+    from glm_hf.conversion import quantize_checkpoint
+
+    names = ("bits", "group_size", "quantize_embeddings", "max_shard_size")
+    settings = {name: getattr(options, name) for name in names}
+    quantize_checkpoint(options.src, options.dst, **settings, resume=not options.no_resume)
     print(options.dst)
 
 

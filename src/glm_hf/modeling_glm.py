@@ -235,6 +235,12 @@ class GLMPreTrainedModel(PreTrainedModel):
             )
         super().__init__(config, *args, **kwargs)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of what is not quantized; that of scales, which may come first, is another."""
+        parameters = ((name, parameter.dtype) for name, parameter in self.named_parameters())
+        return next(dtype for name, dtype in parameters if dtype.is_floating_point and not name.endswith("_scale"))
+
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         """Initialise a module that was not loaded; the shortcut for custom code would skip blocks without weights."""
         super()._initialize_weights(module, is_custom_code=False)
@@ -263,6 +269,18 @@ class GLMPreTrainedModel(PreTrainedModel):
                 weight.view(-1, 3, module.head_dim, hidden)[:, 2].mul_(shrink)
         else:
             super()._init_weights(module)
+
+    def _resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Module:
+        """Resize as transformers does; ValueError if the embedding is quantized, since codes cannot be drawn."""
+        is_quantized = not self.get_input_embeddings().weight.is_floating_point()
+        if is_quantized and (new_num_tokens, pad_to_multiple_of) != (None, None):
+            raise ValueError(
+                "a quantized embedding cannot be resized; resize the model that is not quantized and quantize that, "
+                "or call model.dequantize() first"
+            )
+        return super()._resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
 
     def _require_quantized_weights(self, module: nn.Module) -> None:
         """Raise ValueError if a quantized linear was not loaded as a whole; what is on meta lies on the disk."""

@@ -24,6 +24,7 @@ from glm_hf.conversion import (
     convert_sat_checkpoint,
     export_sat_checkpoint,
     partial_folder,
+    quantize_checkpoint,
     rank_writer,
     reshard_sat_checkpoint,
 )
@@ -40,7 +41,8 @@ def runs(tmp_path_factory) -> dict[str, Callable[[Path], None]]:
     CONVERT(folder)
     return {
         "convert": CONVERT,
-        "quantize": partial(CONVERT, quantization="int4"),
+        "convert to int4": partial(CONVERT, quantization="int4"),
+        "quantize": partial(quantize_checkpoint, folder, bits=8, quantize_embeddings=True, max_shard_size="50KB"),
         "export": partial(export_sat_checkpoint, folder, tp_size=4),
         "reshard": partial(reshard_sat_checkpoint, SRC, tp_size=4),
     }
@@ -95,7 +97,9 @@ def check_state_and_go_on(run: Callable[[Path], None], dst: Path, expected: dict
 
 
 @needs_fork
-@pytest.mark.parametrize(("name", "num_kills"), [("convert", 20), ("quantize", 5), ("export", 5), ("reshard", 5)])
+@pytest.mark.parametrize(
+    ("name", "num_kills"), [("convert", 20), ("convert to int4", 5), ("quantize", 5), ("export", 5), ("reshard", 5)]
+)
 def test_killed_at_random_moments(name, num_kills, runs, tmp_path):
     run, dst = runs[name], tmp_path / "out"
     start = time.monotonic()

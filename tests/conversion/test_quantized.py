@@ -124,9 +124,9 @@ def test_only_the_linears_of_the_layers_are_quantized(tmp_path):
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
 def test_folder_without_a_backend_is_refused_rather_than_read_as_weights(quantization, tmp_path, monkeypatch):
-    monkeypatch.delitem(auto.AUTO_QUANTIZER_MAPPING, "glm130b")
-    monkeypatch.delitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "glm130b")
     src, config = DATA / "cfg2" / "sat_tp2", golden_config("cfg2")
     convert_sat_checkpoint(src, tmp_path / "hf", config=config, quantization=quantization)
+    monkeypatch.delitem(auto.AUTO_QUANTIZER_MAPPING, "glm130b")
+    monkeypatch.delitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "glm130b")
     with pytest.raises(ValueError, match=r"the weights are quantized by 'glm130b', for which nothing is registered"):
         GLMForBlankInfilling.from_pretrained(tmp_path / "hf")

@@ -71,3 +71,15 @@ def test_leaving_early_ends_the_thread():
     next(items)
     items.close()
     assert threading.active_count() == num_threads
+
+
+def test_reading_ahead_leaves_a_core_to_the_caller():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        ahead = read_ahead(torch.get_num_threads() for _ in range(3))
+        assert next(ahead) == 2
+        ahead.close()
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)

@@ -136,3 +136,67 @@ def test_weights_that_are_not_finite(value):
     weight[1, 2] = value
     with pytest.raises(ValueError, match=r"weights must be finite in fp16"):
         quantize_weight(weight, bits=8)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(
+    "weight",
+    [torch.ones(2, 4, dtype=torch.int8), torch.ones(2, 4, dtype=torch.int64), torch.ones(4), torch.ones(2, 2, 4)],
+    ids=["int8", "int64", "vector", "three dimensions"],
+)
+def test_weights_that_are_no_floating_point_matrix(weight, bits):
+    with pytest.raises(ValueError, match=r"weight must be a floating point matrix, got \(.*\) torch\."):
+        quantize_weight(weight, bits=bits)
+
+
+@pytest.mark.parametrize("group_size", [None, 2])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_matrix_without_rows(bits, group_size):
+    weight, weight_scale = quantize_weight(torch.empty(0, 8), bits=bits, group_size=group_size)
+    assert (weight.shape, weight_scale.shape) == ((0, bits), (0, 8 // (group_size or 8)))
+    assert dequantize_weight(weight, weight_scale, bits).shape == (0, 8)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_matrix_without_columns(bits):
+    with pytest.raises(ValueError, match=r"group_size must divide the 0 input features"):
+        quantize_weight(torch.empty(3, 0), bits=bits)
+
+
+@pytest.mark.parametrize("group_size", [None, 4])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_weights_need_not_be_contiguous(bits, group_size):
+    wide = torch.randn(24, 20)
+    for weight in (wide.T, wide[:, ::2][:, :8], wide[:12:3, 4:], torch.randn(1, 8).expand(5, 8)):
+        assert not weight.is_contiguous()
+        expected = quantize_weight(
+            weight.clone(memory_format=torch.contiguous_format), bits=bits, group_size=group_size
+        )
+        assert all(map(torch.equal, quantize_weight(weight, bits=bits, group_size=group_size), expected))
+        codes, scale = expected
+        again = dequantize_weight(codes.T.contiguous().T, scale.T.contiguous().T, bits)
+        assert torch.equal(again, dequantize_weight(codes, scale, bits))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight_scale": torch.ones(3).half()}, r"weight_scale must be \(3, G\), where G divides 8, got \(3,\)"),
+        ({"weight_scale": torch.ones(2, 1).half()}, r"weight_scale must be \(3, G\)"),
+        ({"weight_scale": torch.ones(3, 3).half()}, r"weight_scale must be \(3, G\)"),
+        ({"weight_scale": torch.ones(3, 0).half()}, r"weight_scale must be \(3, G\)"),
+        ({"weight_scale": torch.ones(3, 1).int()}, r"weight_scale must be floating point, got torch.int32"),
+        ({"weight": torch.ones(3, 8)}, r"weight must be a torch.uint8 matrix for 4 bits, got \(3, 8\) torch.float32"),
+        ({"bits": 8}, r"weight must be a torch.int8 matrix for 8 bits, got \(3, 4\) torch.uint8"),
+    ],
+)
+def test_codes_and_scales_that_do_not_fit_together(change, message):
+    weight, weight_scale = quantize_weight(torch.randn(3, 8), bits=4)
+    with pytest.raises(ValueError, match=message):
+        dequantize_weight(**{"weight": weight, "weight_scale": weight_scale, "bits": 4} | change)
+
+
+def test_packing_takes_codes_at_any_address():
+    codes = torch.randint(-7, 8, (3, 13), dtype=torch.int8)
+    for part in (codes[:, 1:], codes[:, :12], codes.T[:12].T, codes.flatten()[1:9]):
+        assert torch.equal(unpack_int4(pack_int4(part)), part)

@@ -83,6 +83,22 @@ def test_inputs_need_not_be_contiguous():
         torch.testing.assert_close(quantized_linear(x, weight, scale, 8), x @ exact.T, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_codes_and_scales_need_not_be_contiguous(bits):
+    weight, scale, exact = quantized(bits, 6)
+    x = torch.randn(3, 24)
+    out = quantized_linear(x, weight.T.contiguous().T, scale.T.contiguous().T, bits)
+    torch.testing.assert_close(out, x @ exact.T, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_layer_without_rows_and_rows_of_zeros(bits):
+    weight, scale, exact = quantized(bits)
+    assert quantized_linear(torch.randn(2, 24), weight[:0], scale[:0], bits).shape == (2, 0)
+    weight, scale = quantize_weight(torch.zeros(5, 24), bits=bits)
+    assert torch.equal(quantized_linear(torch.randn(2, 24), weight, scale, bits), torch.zeros(2, 5))
+
+
 @pytest.mark.parametrize("group_size", [None, 4])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_gradients_are_those_of_the_exact_weights(bits, group_size):
@@ -123,6 +139,8 @@ def test_groups_that_do_not_fit(bits, num_groups):
         ({"weight_scale": torch.ones(30).half()}, r"weight_scale must be \(30, G\), where G divides 24, got \(30,\)"),
         ({"weight_scale": torch.ones(29, 1).half()}, r"weight_scale must be \(30, G\)"),
         ({"weight_scale": torch.ones(30, 5).half()}, r"weight_scale must be \(30, G\)"),
+        ({"weight_scale": torch.ones(30, 0).half()}, r"weight_scale must be \(30, G\)"),
+        ({"weight_scale": torch.ones(30, 1).int()}, r"weight_scale must be floating point, got torch.int32"),
         ({"bits": 3}, r"bits must be 8 or 4, got 3"),
     ],
 )

@@ -9,9 +9,8 @@ from golden import DATA, TOLERANCE, golden_arrays, golden_config
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from glm_hf import GLMForBlankInfilling, GLMQuantizationConfig
+from glm_hf import GLMConfig, GLMForBlankInfilling, GLMQuantizationConfig
 from glm_hf.conversion import convert_sat_checkpoint
-from glm_hf.conversion.model_tensors import quantization_config
 from glm_hf.quantization import QuantizedLinear
 
 
@@ -198,6 +197,26 @@ def test_missing_scale_is_no_weight(tmp_path):
         AutoModelForCausalLM.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("shape", [(79, 1), (80,), (80, 2)])
+def test_scale_of_another_shape_is_no_scale(shape, tmp_path):
+    folder = converted(4, 1, tmp_path / "hf")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.attention.dense.weight_scale"] = torch.ones(shape).half()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises((ValueError, RuntimeError)) as caught:
+        AutoModelForCausalLM.from_pretrained(folder)
+    message = f"{caught.value} {caught.value.__context__}"
+    assert "layers.1.attention.dense.weight_scale of a quantized model was not loaded; make the folder" in message
+
+
+def test_odd_input_features_need_8_bits(tmp_path):
+    config = GLMConfig(**golden_config("cfg1").to_dict() | {"intermediate_size": 33})
+    GLMForBlankInfilling(config).save_pretrained(tmp_path / "hf")
+    with pytest.raises(ValueError, match=r"mlp.dense_4h_to_h: 1 groups must divide the 33 input features evenly"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "hf", quantization_config=GLMQuantizationConfig(bits=4))
+    AutoModelForCausalLM.from_pretrained(tmp_path / "hf", quantization_config=GLMQuantizationConfig(bits=8))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -206,6 +225,8 @@ def test_missing_scale_is_no_weight(tmp_path):
         ({"group_size": 1.5}, r"group_size must be a positive integer"),
         ({"row_parallel_groups": 0}, r"row_parallel_groups must be a positive integer, got 0"),
         ({"group_size": 8, "row_parallel_groups": 2}, r"either groups of group_size or row_parallel_groups"),
+        ({"modules_to_not_convert": "dense"}, r"modules_to_not_convert must be a list of names, got 'dense'"),
+        ({"modules_to_not_convert": [1]}, r"modules_to_not_convert must be a list of names, got \[1\]"),
         ({"quant_method": "gptq"}, r"quant_method must be glm130b, got gptq"),
     ],
 )
@@ -217,9 +238,3 @@ def test_settings_that_make_no_sense(settings, message):
 def test_group_size_that_does_not_divide(plain):
     with pytest.raises(ValueError, match=r"group_size must divide the 80 input features of model.layers.0.attention"):
         AutoModelForCausalLM.from_pretrained(plain, quantization_config=GLMQuantizationConfig(group_size=32))
-
-
-def test_converter_and_backend_agree_on_the_settings():
-    for bits, groups in ((4, 1), (8, 2)):
-        settings = GLMQuantizationConfig(bits=bits, row_parallel_groups=groups)
-        assert quantization_config(bits, groups) == settings.to_dict()
