@@ -65,6 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_verify(commands)
     add_fill(commands)
     add_export_hub(commands)
+    add_plan(commands)
     return parser
 
 
@@ -272,6 +273,60 @@ def export_hub(options: argparse.Namespace) -> None:
 
     export_hub_folder(options.src, options.dst, push_to=options.push_to)
     print(options.dst)
+
+
+def add_plan(commands: Any) -> None:
+    """Add `plan`."""
+    command = add_command(commands, "plan", plan, "Tell whether a model fits devices, and where its layers go.")
+    model = command.add_mutually_exclusive_group(required=True)
+    model.add_argument("model", nargs="?", help="folder of a model; its config.json is enough")
+    model.add_argument("--preset", choices=("130b",), help="instead of a folder: GLM-130B")
+    command.add_argument(
+        "--devices",
+        required=True,
+        metavar="LIST",
+        help="such as 24GiB*4, or 24GiB,cpu=64GiB,disk; auto: GPUs of torch",
+    )
+    command.add_argument("--bits", type=int, choices=(4, 8, 16), help="of the layers' weights (default: as stored)")
+    command.add_argument("--group-size", type=int, metavar="N", help="input features per scale (default: a row)")
+    command.add_argument("--quantize-embeddings", action="store_true", help="INT8 rows, besides --bits 4 or 8")
+    command.add_argument("--context", type=int, metavar="N", help="prompt and answer (default: the model's longest)")
+    command.add_argument("--batch", type=int, default=1, metavar="N", help="sequences times beams (default: 1)")
+    command.add_argument("--tp", type=int, metavar="N", help="cut every layer over N devices: tensor parallelism")
+    command.add_argument("--reserve", default="0.5GiB", metavar="SIZE", help="left free per device (default: 0.5GiB)")
+    command.add_argument("--json", action="store_true", help="print the plan as JSON, sizes in bytes")
+
+
+def plan(options: argparse.Namespace) -> None:
+    """Run `plan`."""
+    from glm_hf.configuration_glm import GLMConfig
+    from glm_hf.devices import parse_devices, parse_size
+    from glm_hf.model_files import read_json, require_files
+    from glm_hf.planning import plan_devices
+
+    config = GLMConfig()
+    if options.model is not None:
+        require_files(Path(options.model), ["config.json"])
+        fields = read_json(Path(options.model) / "config.json")
+        if fields.get("model_type") != GLMConfig.model_type:
+            raise ValueError(
+                f"{options.model} must hold a {GLMConfig.model_type} model, got {fields.get('model_type')}"
+            )
+        config = GLMConfig.from_dict(fields)
+    settings = {
+        name: getattr(options, name) for name in ("bits", "group_size", "quantize_embeddings", "context", "batch")
+    }
+    planned = plan_devices(
+        config, parse_devices(options.devices), **settings, tp_size=options.tp, reserve=parse_size(options.reserve)
+    )
+    if options.json:
+        print(json.dumps(planned.to_dict()))
+    else:
+        print(planned.describe())
+    if not planned.fits:
+        raise ValueError(f"does not fit: {planned.advice()}")
+    if not options.json:
+        print(f"\n{planned.usage(options.model or 'FOLDER')}")
 
 
 if __name__ == "__main__":
