@@ -60,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_convert(commands)
     add_quantize(commands)
+    add_analyze(commands)
     add_export_sat(commands)
     add_reshard(commands)
     add_verify(commands)
@@ -133,6 +134,24 @@ def quantize(options: argparse.Namespace) -> None:
     settings = {name: getattr(options, name) for name in names}
     quantize_checkpoint(options.src, options.dst, **settings, resume=not options.no_resume)
     print(options.dst)
+
+
+def add_analyze(commands: Any) -> None:
+    """Add `analyze`."""
+    command = add_command(commands, "analyze", analyze, "Write how weights spread and what INT8 and INT4 lose.")
+    command.add_argument("src", help="folder of a model that is not quantized")
+    command.add_argument("--output", default="analysis", metavar="FOLDER", help="new folder (default: analysis)")
+    command.add_argument(
+        "--group-size", type=int, action="append", metavar="N", help="of INT4; may be repeated (default: 128)"
+    )
+
+
+def analyze(options: argparse.Namespace) -> None:
+    """Run `analyze`."""
+    from glm_hf.conversion.analysis import describe_analysis, write_analysis
+
+    print(describe_analysis(write_analysis(options.src, options.output, group_sizes=options.group_size or (128,))))
+    print(options.output)
 
 
 def add_export_sat(commands: Any) -> None:
