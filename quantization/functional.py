@@ -18,6 +18,7 @@ from torch import Tensor, nn
 LARGEST_CODES = {8: 127, 4: 7}
 EMBEDDING_BITS = 8  # of quantized embeddings and output matrices, one scale per row, whatever the layers have
 ROWS_AT_ONCE = 2048
+WEIGHTS_AT_ONCE = 2**24  # to be quantized, which takes several numbers for each
 
 
 def quantize_weight(weight: Tensor, *, bits: int, group_size: int | None = None) -> tuple[Tensor, Tensor]:
@@ -53,20 +54,32 @@ def quantize_weight(weight: Tensor, *, bits: int, group_size: int | None = None)
 
 def absmax_of_groups(weight: Tensor, group_size: int) -> Tensor:
     """Return the largest magnitude, in fp16, of every group of a matrix `(N, K)`: `(N, K/group_size)`."""
-    return weight.half().unflatten(-1, (-1, group_size)).abs().amax(-1)
+    blocks = weight.split(_quantized_at_once(weight))
+    return torch.cat([block.half().unflatten(-1, (-1, group_size)).abs().amax(-1) for block in blocks])
 
 
 def quantize_by_absmax(weight: Tensor, absmax: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Quantize a matrix `(N, K)` as `quantize_weight` does, given the largest magnitudes `(N, G)` of its groups."""
     largest = _largest_code(bits)
-    groups = weight.half().unflatten(-1, (absmax.shape[-1], -1))  # (N, G, K/G)
     weight_scale = (absmax.half() / largest).half()  # (N, G)
     if not weight_scale.isfinite().all():
         raise ValueError("weights must be finite in fp16 to be quantized, but some are infinite or not a number")
-    divisor = weight_scale.masked_fill(weight_scale == 0, 1)[..., None]
-    quotients = (groups / divisor).round_().clamp_(-largest, largest)
-    codes = quotients.float().to(torch.int8).flatten(-2)  # (N, K); torch's cast from fp16 is several times slower
-    return (pack_int4(codes) if bits == 4 else codes), weight_scale
+    divisor = weight_scale.masked_fill(weight_scale == 0, 1)[..., None]  # (N, G, 1)
+    dtype = torch.uint8 if bits == 4 else torch.int8
+    quantized = torch.empty(len(weight), weight.shape[1] * bits // 8, dtype=dtype, device=weight.device)
+    step = _quantized_at_once(weight)
+    for start in range(0, len(weight), step):
+        rows = slice(start, start + step)
+        groups = weight[rows].half().unflatten(-1, (absmax.shape[-1], -1))  # (rows, G, K/G)
+        quotients = (groups / divisor[rows]).round_().clamp_(-largest, largest)
+        codes = quotients.float().to(torch.int8).flatten(-2)  # torch's cast from fp16 is several times slower
+        quantized[rows] = pack_int4(codes) if bits == 4 else codes
+    return quantized, weight_scale
+
+
+def _quantized_at_once(weight: Tensor) -> int:
+    """Return how many rows of a matrix are quantized at once."""
+    return max(1, WEIGHTS_AT_ONCE // weight.shape[1])
 
 
 def dequantize_weight(weight: Tensor, weight_scale: Tensor, bits: int) -> Tensor:

@@ -1,6 +1,7 @@
 """The bytes that plans count, beside those of real parameters, caches and forward passes."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -102,7 +103,7 @@ def test_weights_are_those_of_a_loaded_folder(source, tmp_path):
 
 
 def test_weights_follow_the_dtype_of_the_folder(tmp_path):
-    model = golden_model("cfg1").float()
+    model = deepcopy(golden_model("cfg1")).float()
     model.save_pretrained(tmp_path)
     config = GLMConfig.from_pretrained(tmp_path)
     assert plan_devices(config, HOST).uses[0].weights == bytes_of(model)
@@ -111,7 +112,7 @@ def test_weights_follow_the_dtype_of_the_folder(tmp_path):
 
 @pytest.mark.parametrize(("batch", "context"), [(1, 24), (3, 17)])
 def test_cache_is_that_of_a_forward_pass(batch, context):
-    model = golden_model("cfg2").half()
+    model = deepcopy(golden_model("cfg2")).half()
     with torch.no_grad():
         cache = model(torch.full((batch, context), 9)).past_key_values
     [use] = plan_devices(model.config, HOST, bits=16, context=context, batch=batch).uses

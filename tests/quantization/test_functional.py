@@ -3,7 +3,7 @@ import pytest
 import torch
 from golden import DATA, golden_arrays
 
-from glm_hf.quantization import dequantize_weight, pack_int4, quantize_weight, unpack_int4
+from glm_hf.quantization import dequantize_weight, functional, pack_int4, quantize_weight, unpack_int4
 
 LARGEST = {8: 127, 4: 7}
 
@@ -200,3 +200,13 @@ def test_packing_takes_codes_at_any_address():
     codes = torch.randint(-7, 8, (3, 13), dtype=torch.int8)
     for part in (codes[:, 1:], codes[:, :12], codes.T[:12].T, codes.flatten()[1:9]):
         assert torch.equal(unpack_int4(pack_int4(part)), part)
+
+
+@pytest.mark.parametrize("group_size", [None, 8])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_large_matrices_are_quantized_in_blocks_of_rows(monkeypatch, bits, group_size):
+    weight = torch.randn(25, 16)
+    whole = quantize_weight(weight, bits=bits, group_size=group_size)
+    monkeypatch.setattr(functional, "WEIGHTS_AT_ONCE", 7 * 16)
+    for parts, expected in zip(quantize_weight(weight, bits=bits, group_size=group_size), whole, strict=True):
+        assert torch.equal(parts, expected)

@@ -1,8 +1,12 @@
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
 
-from glm_hf.quantization import quantize_weight, unpack_int4
+from glm_hf.quantization import dequantize_weight, quantize_weight, unpack_int4
 
 pytest.importorskip("triton", reason="triton is not installed")
 from glm_hf.quantization import kernels_triton as kernels  # noqa: E402
@@ -13,8 +17,20 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there, conftest.py ha
 TOLERANCES = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 4e-3}
 
 
-def few(*arguments, num_programs: int = 4) -> torch.Tensor:
+def few(*arguments, num_programs: int = 12) -> torch.Tensor:
     return kernels.multiply_few(*arguments, num_programs=num_programs)
+
+
+def some(*arguments, num_programs: int = 4) -> torch.Tensor:
+    if arguments[0].dtype == torch.bfloat16 and DEVICE == "cpu":
+        pytest.skip("Triton's interpreter multiplies bf16 matrices wrongly with NumPy 2.4")
+    return kernels.multiply_some(*arguments, num_programs=num_programs)
+
+
+def many(*arguments) -> torch.Tensor:
+    if arguments[0].dtype == torch.bfloat16 and arguments[2].shape[1] > 1 and DEVICE == "cpu":
+        pytest.skip("Triton's interpreter cuts numbers off for bf16 instead of rounding them")
+    return kernels.multiply_many(*arguments)
 
 
 def matrix(num_rows: int, num_columns: int, bits: int, num_groups: int = 1) -> tuple[torch.Tensor, ...]:
@@ -23,6 +39,7 @@ def matrix(num_rows: int, num_columns: int, bits: int, num_groups: int = 1) -> t
     weight, scale = quantize_weight(
         torch.randn(num_rows, num_columns) * 0.02, bits=bits, group_size=num_columns // num_groups
     )
+    weight[:2, :2] = torch.tensor([[-128, 127], [127, -128]]).to(weight.dtype)  # what THUDM's tool does not write
     codes = unpack_int4(weight) if bits == 4 else weight
     exact = (codes.double().unflatten(1, (num_groups, -1)) * scale.double()[..., None]).flatten(1)
     return weight.to(DEVICE), scale.to(DEVICE), exact.to(DEVICE)
@@ -35,73 +52,177 @@ def assert_close(out: torch.Tensor, x: torch.Tensor, exact: torch.Tensor, bias: 
     assert (out.double() - expected).abs().max() <= TOLERANCES[x.dtype] * expected.abs().max()
 
 
-@pytest.mark.parametrize(("num_columns", "num_groups"), [(96, 1), (272, 1), (512, 4), (256, 8), (768, 2)])
+@pytest.fixture(autouse=True)
+def _round_to_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have torch round outputs to bf16, for which Triton's interpreter cuts numbers off."""
+    if DEVICE == "cpu":
+        finish = kernels.finish
+        monkeypatch.setattr(kernels, "finish", lambda *inputs, out: out.copy_(finish(*inputs, out=out.float())))
+
+
+@pytest.fixture
+def small_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the dispatch see two multiprocessors with tensor cores."""
+    monkeypatch.setattr(kernels, "traits_of", lambda device: (2, True))
+
+
+@pytest.mark.parametrize(("num_columns", "num_groups"), [(96, 1), (272, 1), (512, 4), (256, 8)])
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize(
-    ("function", "num_tokens", "dtype"),
-    [
-        *((few, number, dtype) for number in (1, 3) for dtype in TOLERANCES),
-        *((kernels.multiply_some, number, dtype) for number in (20,) for dtype in TOLERANCES),
-        *((kernels.multiply_many, 40, dtype) for dtype in TOLERANCES),
-    ],
-    ids=lambda value: getattr(value, "__name__", str(value)),
-)
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize(("function", "num_tokens"), [(few, 1), (few, 3), (some, 16), (many, 40)])
 def test_every_kernel_gives_the_product(function, num_tokens, dtype, bits, num_columns, num_groups):
-    if function is kernels.multiply_some and dtype == torch.bfloat16 and DEVICE == "cpu":
-        pytest.skip("Triton's interpreter multiplies bf16 matrices wrongly with NumPy 2.4")
-    if function is kernels.multiply_many and dtype == torch.bfloat16 and num_groups > 1 and DEVICE == "cpu":
-        pytest.skip("Triton's interpreter cuts numbers off for bf16 instead of rounding them")
-    weight, scale, exact = matrix(70, num_columns, bits, num_groups)
+    weight, scale, exact = matrix(37, num_columns, bits, num_groups)
     x = torch.randn(num_tokens, num_columns).to(DEVICE, dtype)
-    assert_close(function(x, weight, scale, bits, None), x, exact)
-    bias = torch.randn(70).to(DEVICE)
+    bias = torch.randn(37).to(DEVICE, torch.float32 if num_tokens == 1 else dtype)
     assert_close(function(x, weight, scale, bits, bias), x, exact, bias)
 
 
-@pytest.mark.parametrize("num_programs", [1, 2, 7, 1000])
-def test_parts_of_a_sum_make_up_the_whole(num_programs):
-    weight, scale, exact = matrix(70, 1088, 4)
-    x = torch.randn(2, 1088).to(DEVICE)
-    out = few(x, weight, scale, 4, None, num_programs=num_programs)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("function", "num_tokens"), [(few, 8), (few, 11), (some, 40), (some, 100)])
+def test_many_rows_and_tokens_take_several_programs(function, num_tokens, bits):
+    weight, scale, exact = matrix(133, 64, bits)
+    x = torch.randn(num_tokens, 64).to(DEVICE)
+    assert_close(function(x, weight, scale, bits, None), x, exact)
+
+
+def test_kernels_agree_with_the_dequantized_weight():
+    weight, scale, _ = matrix(33, 256, 4, 2)
+    x = torch.randn(3, 256).to(DEVICE)
+    expected = x @ dequantize_weight(weight, scale, 4).float().T  # rounded to fp16
+    for function in (few, some, many):
+        torch.testing.assert_close(function(x, weight, scale, 4, None), expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_many_tokens_take_some_rows_at_a_time(monkeypatch, bits):
+    monkeypatch.setattr(kernels, "DECODED_BYTES", 64 * 4 * 2112)
+    weight, scale, exact = matrix(70, 2112, bits)
+    x, bias = torch.randn(40, 2112).to(DEVICE), torch.randn(70).to(DEVICE)
+    assert_close(many(x, weight, scale, bits, bias), x, exact, bias)
+
+
+@pytest.mark.parametrize("function", [few, some])
+@pytest.mark.parametrize("num_programs", [1, 5, 1000])
+@pytest.mark.parametrize(("num_tokens", "num_groups"), [(1, 1), (2, 1), (1, 3)])
+def test_parts_of_a_sum_make_up_the_whole(function, num_programs, num_tokens, num_groups):
+    weight, scale, exact = matrix(20, 2112, 4, num_groups)
+    x = torch.randn(num_tokens, 2112).to(DEVICE)
+    out = function(x, weight, scale, 4, None, num_programs=num_programs)
     assert_close(out, x, exact)
-    assert torch.equal(out, few(x, weight, scale, 4, None, num_programs=num_programs))
+    assert torch.equal(out, function(x, weight, scale, 4, None, num_programs=num_programs))
 
 
-def test_few_outlier_features_cost_little_accuracy():
+@pytest.mark.parametrize("function", [few, some, many])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_few_outlier_features_cost_little_accuracy(function, dtype):
     weight, scale, exact = matrix(33, 512, 4)
-    x = torch.randn(9, 512)
+    x = torch.randn(3, 512)
     x[:, 7] *= 300
-    for dtype in (torch.float16, torch.float32):
-        rounded = x.to(DEVICE, dtype)
-        assert_close(few(rounded[:3], weight, scale, 4, None), rounded[:3], exact)
-        assert_close(kernels.multiply_some(rounded, weight, scale, 4, None), rounded, exact)
+    x = x.to(DEVICE, dtype)
+    assert_close(function(x, weight, scale, 4, None), x, exact)
 
 
-def test_large_activations_do_not_overflow_in_fp16():
+@pytest.mark.parametrize("function", [few, some, many])
+def test_large_activations_do_not_overflow_in_fp16(function):
     weight, scale, exact = matrix(33, 512, 8)
-    x = (torch.randn(80, 512) * 100).to(DEVICE, torch.float16)
-    assert_close(kernels.multiply_many(x, weight, scale, 8, None), x, exact)
+    x = (torch.randn(8, 512) * 1000).to(DEVICE, torch.float16)
+    assert_close(function(x, weight, scale, 8, None), x, exact)
 
 
-def test_odd_groups_are_decoded(monkeypatch):
-    monkeypatch.setattr(kernels, "DECODED_BYTES", 64 * 4 * 96)
-    weight, scale, exact = matrix(150, 96, 4, 8)
-    x = torch.randn(2, 96).to(DEVICE)
-    assert kernels.block_bytes(48, 8) < kernels.SMALLEST_BLOCK
-    assert_close(kernels.quantized_linear_triton(x, weight, scale, 4), x, exact)
+@pytest.mark.parametrize(("num_columns", "num_groups"), [(96, 8), (24, 12), (96, 48)])
+def test_odd_groups_are_decoded(small_gpu, monkeypatch, num_columns, num_groups):
+    monkeypatch.setattr(kernels, "DECODED_BYTES", 64 * 4 * num_columns)
+    weight, scale, exact = matrix(150, num_columns, 4 if num_columns > 24 else 8, num_groups)
+    x = torch.randn(2, num_columns).to(DEVICE)
+    for name in ("multiply_few", "multiply_some"):
+        monkeypatch.delattr(kernels, name)
+    bias = torch.randn(150).to(DEVICE)
+    out = kernels.quantized_linear_triton(x, weight, scale, 4 if num_columns > 24 else 8, bias)
+    assert_close(out, x, exact, bias)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "dtype", "has_tensor_cores", "expected"),
+    [
+        (2, torch.float16, True, "few"), (3, torch.float16, True, "some"), (64, torch.bfloat16, True, "some"),
+        (65, torch.float16, True, "many"), (32, torch.float32, True, "few"), (33, torch.float32, True, "many"),
+        (32, torch.float16, False, "few"), (33, torch.float16, False, "many"),
+    ],
+)  # fmt: skip
+def test_number_of_tokens_chooses_the_kernel(monkeypatch, num_tokens, dtype, has_tensor_cores, expected):
+    monkeypatch.setattr(kernels, "traits_of", lambda device: (2, has_tensor_cores))
+    chosen = []
+    for name in ("few", "some", "many"):
+
+        def record(x, weight, *_, name=name, **__):
+            chosen.append(name)
+            return x.new_empty(len(x), len(weight))
+
+        monkeypatch.setattr(kernels, f"multiply_{name}", record)
+    weight, scale, _ = matrix(2, 64, 4)
+    kernels.quantized_linear_triton(torch.zeros(num_tokens, 64, dtype=dtype, device=DEVICE), weight, scale, 4)
+    assert chosen == [expected]
 
 
 @pytest.mark.parametrize("shape", [(0, 96), (2, 0, 96), (96,), (2, 3, 96), (30, 96), (70, 96)])
-def test_any_shape_of_activations_is_taken(monkeypatch, shape):
-    monkeypatch.setattr(kernels, "has_tensor_cores", lambda device: True)
-    if DEVICE == "cpu":
-        properties = type("Properties", (), {"multi_processor_count": 2})
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    weight, scale, exact = matrix(20, 96, 4)
+def test_any_shape_of_activations_is_taken(small_gpu, shape):
+    weight, scale, exact = matrix(21, 96, 4)
     x = torch.randn(shape).to(DEVICE, torch.float16)
     out = kernels.quantized_linear_triton(x, weight, scale, 4)
-    assert out.shape == (*shape[:-1], 20)
+    assert out.shape == (*shape[:-1], 21)
     if x.numel():
         assert_close(out, x, exact)
-    transposed = torch.randn(96, 5).to(DEVICE, torch.float16).T
-    assert_close(kernels.quantized_linear_triton(transposed, weight, scale, 4), transposed, exact)
+
+
+def test_tensors_need_not_be_contiguous(small_gpu):
+    weight, scale, exact = matrix(21, 96, 4)
+    weight, scale = weight.T.contiguous().T, scale.repeat(1, 2)[:, :1]
+    bias = torch.randn(42).to(DEVICE)[::2]
+    for x in (torch.randn(96, 5).T, torch.randn(5, 192)[:, ::2], torch.randn(1, 96).expand(5, -1)):
+        x = x.to(DEVICE, torch.float16)
+        assert_close(kernels.quantized_linear_triton(x, weight, scale, 4, bias), x, exact, bias)
+    unaligned = torch.randn(97).to(DEVICE, torch.float16)[1:]
+    assert_close(kernels.quantized_linear_triton(unaligned, weight, scale, 4), unaligned, exact)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_tensors_need_not_be_on_the_current_device():
+    weight, scale, exact = (tensor.to("cuda:1") for tensor in matrix(21, 96, 4))
+    x = torch.randn(1, 96).to("cuda:1", torch.float16)
+    assert_close(kernels.quantized_linear_triton(x, weight, scale, 4), x, exact)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the kernels were compiled for this GPU by the tests above")
+def test_kernels_compile_without_a_gpu(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    subprocess.run([sys.executable, __file__], check=True, env=environment)
+
+
+def compile_kernels() -> None:
+    """Compile the kernels as for a multiple of 16 rows and bytes; from capability 8.0 on with matrix instructions."""
+    from triton import compile as compile_kernel
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    options = {"BITS": 4, "IN_GROUPS": False, "BLOCK_ROWS": 16}
+    few_options = {**options, "TOKENS": 1, "BLOCK": 512}
+    some_options = {**options, "BLOCK_TOKENS": 16, "BLOCK": 64}
+    pointers = {"x_pointer": "*fp16", "weight_pointer": "*u8", "scale_pointer": "*fp16", "parts_pointer": "*fp32"}
+    for capability, kernel, constants in (
+        (75, kernels.few_kernel, few_options),
+        (80, kernels.some_kernel, some_options),
+        (90, kernels.some_kernel, some_options),
+    ):
+        names = kernel.arg_names
+        signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
+        aligned = {(index,): [["tt.divisibility", 16]] for index, name in enumerate(names) if name not in constants}
+        source = ASTSource(
+            kernel, signature, {(names.index(name),): value for name, value in constants.items()}, aligned
+        )
+        ptx = compile_kernel(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
+        assert ("mma" in ptx) == (kernel is kernels.some_kernel), capability
+
+
+if __name__ == "__main__":
+    compile_kernels()
