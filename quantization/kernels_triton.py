@@ -4,8 +4,8 @@ Three ways, by the number of tokens M:
     few     every program multiplies some rows by up to 8 tokens, over a part of the input features
     some    the same in tiles for tensor cores, which Triton uses from compute capability 8.0 on
     many    rows are decoded, some at a time, and multiplied by the vendor's library
-All leave fp32 sums over S parts of the input features, which one kernel adds up, always in the same order, scales, and
-rounds to the dtype of the activations.
+All sum up in fp32, scale, add the bias and round once. The first two leave S parts of each sum, which another kernel
+adds up, always in the same order.
 
 Codes become fp32 without the conversion instruction, which is slow: around the bits of a code plus 8 (or 128, of 8
 bits), those of 2**23 make the fp32 number that is 2**23 greater.
@@ -106,7 +106,7 @@ def few_kernel(
     first_token = tl.program_id(2) * TOKENS
     first_byte = tl.program_id(1) * split_bytes
     last_byte = tl.minimum(first_byte + split_bytes, row_bytes)
-    totals = ()  # (BLOCK_ROWS, BLOCK) or (BLOCK_ROWS) of every token
+    totals: tuple = ()  # (BLOCK_ROWS, BLOCK) or (BLOCK_ROWS) of every token
     for _ in tl.static_range(TOKENS):
         totals = totals + (tl.zeros((BLOCK_ROWS, BLOCK) if AT_THE_END else (BLOCK_ROWS,), dtype=tl.float32),)
     for start in range(first_byte, last_byte, BLOCK):
@@ -114,7 +114,7 @@ def few_kernel(
         if IN_GROUPS:
             group = start // (row_bytes // num_groups)
             scale = tl.load(scale_pointer + rows * num_groups + group, mask=is_row, other=0).to(tl.float32)
-        new_totals = ()
+        new_totals: tuple = ()
         for index in tl.static_range(TOKENS):
             token = first_token + index
             end = tl.where(token < num_tokens, last_byte, 0)
@@ -241,11 +241,13 @@ def some_kernel(
 def multiply_many(x: Tensor, weight: Tensor, weight_scale: Tensor, bits: int, bias: Tensor | None) -> Tensor:
     """Return `(M, N)` for many tokens `(M, K)`; scales of rows come after the sums, those of groups before."""
     out = x.new_empty(len(x), len(weight))
+    offset = out.new_zeros(len(weight), dtype=torch.float32) if bias is None else bias.float()
+    factor = torch.ones_like(offset) if weight_scale.shape[1] > 1 else weight_scale[:, 0].float()
     step = max(64, DECODED_BYTES // (x.shape[1] * x.element_size()) // 64 * 64)
     for start in range(0, len(weight), step):
         rows = slice(start, start + step)
         sums = product_in_fp32(x, decode(weight[rows], weight_scale[rows], bits, x.dtype))  # (M, step)
-        finish(sums[None], weight_scale[rows], None if bias is None else bias[rows], out=out[:, rows])
+        torch.addcmul(offset[rows], sums, factor[rows], out=out[:, rows])  # in fp32, and rounds once
     return out
 
 
