@@ -73,10 +73,13 @@ class KernelLibrary:
             raise MemoryError(f"no memory for {num_tokens} x {num_columns} rounded activations")
         return out
 
-    def decode(self, weight: Tensor, weight_scale: Tensor, bits: int, level: int | None = None) -> Tensor:
-        """Return the bf16 matrix `(N, K)` of codes times scales; all contiguous."""
+    def decode(
+        self, weight: Tensor, weight_scale: Tensor, bits: int, level: int | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """Return the bf16 matrix `(N, K)` of codes times scales; all contiguous, as is `out` if it is given."""
         num_rows, num_columns = len(weight), weight.shape[1] * 8 // bits
-        out = torch.empty(num_rows, num_columns, dtype=torch.bfloat16)
+        if out is None:
+            out = torch.empty(num_rows, num_columns, dtype=torch.bfloat16)
         self._decode(
             *(weight.data_ptr(), weight_scale.data_ptr(), out.data_ptr(), num_rows, num_columns),
             *(weight_scale.shape[1], bits, self.level if level is None else level, self._parallel_for),
@@ -126,9 +129,10 @@ def linear_by_decoding(
     out = x.new_empty(len(x), len(weight))
     bias = None if bias is None else bias.to(x.dtype)
     step = rows_at_once(x.shape[1])
+    buffer = x.new_empty(min(step, len(weight)), x.shape[1])  # used again and again, since new memory is slow at first
     for start in range(0, len(weight), step):
         rows = slice(start, start + step)
-        decoded = library.decode(weight[rows], weight_scale[rows], bits)
+        decoded = library.decode(weight[rows], weight_scale[rows], bits, out=buffer[: len(weight[rows])])
         out[:, rows] = nn.functional.linear(x, decoded, None if bias is None else bias[rows])
     return out
 

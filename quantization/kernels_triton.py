@@ -106,15 +106,16 @@ def few_kernel(
     first_token = tl.program_id(2) * TOKENS
     first_byte = tl.program_id(1) * split_bytes
     last_byte = tl.minimum(first_byte + split_bytes, row_bytes)
-    totals: tuple = ()  # (BLOCK_ROWS, BLOCK) or (BLOCK_ROWS) of every token
+    totals = ()  # (BLOCK_ROWS, BLOCK) or (BLOCK_ROWS) of every token
     for _ in tl.static_range(TOKENS):
-        totals = totals + (tl.zeros((BLOCK_ROWS, BLOCK) if AT_THE_END else (BLOCK_ROWS,), dtype=tl.float32),)
+        none = tl.zeros((BLOCK_ROWS, BLOCK) if AT_THE_END else (BLOCK_ROWS,), dtype=tl.float32)
+        totals = totals + (none,)  # type: ignore[assignment]
     for start in range(first_byte, last_byte, BLOCK):
         codes = load_codes(weight_rows, is_row, start, last_byte, BLOCK)  # (BLOCK_ROWS, BLOCK)
         if IN_GROUPS:
             group = start // (row_bytes // num_groups)
             scale = tl.load(scale_pointer + rows * num_groups + group, mask=is_row, other=0).to(tl.float32)
-        new_totals: tuple = ()
+        new_totals = ()
         for index in tl.static_range(TOKENS):
             token = first_token + index
             end = tl.where(token < num_tokens, last_byte, 0)
@@ -125,7 +126,7 @@ def few_kernel(
                 products = add_products(zeros, codes, x_pointer, token, start, end, row_bytes, BITS, BLOCK)
                 total = tl.sum(products, axis=1)
                 total = totals[index] + (total * scale if IN_GROUPS else total)
-            new_totals = new_totals + (total,)
+            new_totals = new_totals + (total,)  # type: ignore[assignment]
         totals = new_totals
     for index in tl.static_range(TOKENS):
         token = first_token + index
@@ -241,13 +242,11 @@ def some_kernel(
 def multiply_many(x: Tensor, weight: Tensor, weight_scale: Tensor, bits: int, bias: Tensor | None) -> Tensor:
     """Return `(M, N)` for many tokens `(M, K)`; scales of rows come after the sums, those of groups before."""
     out = x.new_empty(len(x), len(weight))
-    offset = out.new_zeros(len(weight), dtype=torch.float32) if bias is None else bias.float()
-    factor = torch.ones_like(offset) if weight_scale.shape[1] > 1 else weight_scale[:, 0].float()
     step = max(64, DECODED_BYTES // (x.shape[1] * x.element_size()) // 64 * 64)
     for start in range(0, len(weight), step):
         rows = slice(start, start + step)
         sums = product_in_fp32(x, decode(weight[rows], weight_scale[rows], bits, x.dtype))  # (M, step)
-        torch.addcmul(offset[rows], sums, factor[rows], out=out[:, rows])  # in fp32, and rounds once
+        finish(sums[None], weight_scale[rows], None if bias is None else bias[rows], out=out[:, rows])
     return out
 
 

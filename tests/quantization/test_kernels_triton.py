@@ -200,28 +200,28 @@ def test_kernels_compile_without_a_gpu(tmp_path):
 
 
 def compile_kernels() -> None:
-    """Compile the kernels as for a multiple of 16 rows and bytes; from capability 8.0 on with matrix instructions."""
+    """Compile every kernel as for sizes that 16 divides; from capability 8.0 on with matrix instructions."""
     from triton import compile as compile_kernel
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    options = {"BITS": 4, "IN_GROUPS": False, "BLOCK_ROWS": 16}
-    few_options = {**options, "TOKENS": 1, "BLOCK": 512}
-    some_options = {**options, "BLOCK_TOKENS": 16, "BLOCK": 64}
-    pointers = {"x_pointer": "*fp16", "weight_pointer": "*u8", "scale_pointer": "*fp16", "parts_pointer": "*fp32"}
+    types = {"weight_pointer": "*u8", "scale_pointer": "*fp16", "parts_pointer": "*fp32"}
+    single, grouped = {"BITS": 4, "IN_GROUPS": False}, {"BITS": 4, "IN_GROUPS": True}
     for capability, kernel, constants in (
-        (75, kernels.few_kernel, few_options),
-        (80, kernels.some_kernel, some_options),
-        (90, kernels.some_kernel, some_options),
+        (75, kernels.few_kernel, {**single, "TOKENS": 1, "BLOCK_ROWS": 16, "BLOCK": 512}),
+        (75, kernels.few_kernel, {**grouped, "TOKENS": 2, "BLOCK_ROWS": 32, "BLOCK": 64}),
+        (80, kernels.some_kernel, {**single, "BLOCK_TOKENS": 16, "BLOCK_ROWS": 64, "BLOCK": 64}),
+        (90, kernels.some_kernel, {**grouped, "BLOCK_TOKENS": 16, "BLOCK_ROWS": 64, "BLOCK": 64}),
+        (75, kernels.decode_kernel, {**grouped, "BLOCK": 1024}),
+        (75, kernels.finish_kernel, {"IN_GROUPS": False, "HAS_BIAS": True, "BLOCK": 512}),
     ):
         names = kernel.arg_names
-        signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
+        signature = {name: types.get(name, "*fp16" if name.endswith("_pointer") else "i32") for name in names}
+        signature |= dict.fromkeys(constants, "constexpr")
+        values = {(names.index(name),): value for name, value in constants.items()}
         aligned = {(index,): [["tt.divisibility", 16]] for index, name in enumerate(names) if name not in constants}
-        source = ASTSource(
-            kernel, signature, {(names.index(name),): value for name, value in constants.items()}, aligned
-        )
-        ptx = compile_kernel(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
-        assert ("mma" in ptx) == (kernel is kernels.some_kernel), capability
+        compiled = compile_kernel(ASTSource(kernel, signature, values, aligned), GPUTarget("cuda", capability, 32))
+        assert ("mma" in compiled.asm["ptx"]) == (kernel is kernels.some_kernel), kernel
 
 
 if __name__ == "__main__":
