@@ -46,7 +46,7 @@ def quantized_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bits: int,
 def _quantized_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bits: int, bias: Tensor | None) -> Tensor:
     if x.device.type == "cpu":
         return quantized_linear_cpu(x, weight, weight_scale, bits, bias)
-    if x.is_cuda and has_triton():
+    if x.is_cuda and x.dtype != torch.float64 and has_triton():
         from glm_hf.quantization.kernels_triton import quantized_linear_triton
 
         return quantized_linear_triton(x, weight, weight_scale, bits, bias)
