@@ -104,20 +104,9 @@ def quantized_linear_reference(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bits: int, bias: Tensor | None = None
 ) -> Tensor:
     """
-    Return `x @ (code * weight_scale).T + bias`, computed in fp32 and rounded once to the dtype of `x`.
+    Return `x @ (code * weight_scale).T + bias` `(..., N)`, computed in fp32 and rounded once to the dtype of `x`.
 
-    Args:
-        x: `(..., K)`, floating point.
-        weight: Codes in the stored layout.
-        weight_scale: `(N, G)` fp16.
-        bits: 8 or 4.
-        bias: `(N)`.
-
-    Returns:
-        `(..., N)` in the dtype of `x`.
-
-    Raises:
-        ValueError: If shapes or dtypes do not fit together.
+    Arguments and errors are those of `quantized_linear` in ops.py, which kernels compute faster.
     """
     require_layout(x, weight, weight_scale, bits)
     out = torch.empty(*x.shape[:-1], len(weight), dtype=x.dtype, device=x.device)

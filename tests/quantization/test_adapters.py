@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden import DATA, golden_arrays, golden_config
+from golden import golden_arrays
 from safetensors.torch import load_file
 from torch import nn
 
 from glm_hf import GLMForBlankInfilling, GLMQuantizationConfig
-from glm_hf.conversion import convert_sat_checkpoint
 from glm_hf.quantization import QuantizedLinear, dequantize_weight, unpack_int4
 from glm_hf.quantization.embedding import QuantizedEmbedding
 
@@ -22,14 +21,6 @@ SETTINGS = [
     {"bits": 4, "group_size": 10, "quantize_embeddings": True},
     {"bits": 8, "row_parallel_groups": 2, "quantize_embeddings": True},
 ]
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory) -> Path:
-    """Golden cfg2 in fp16."""
-    folder = tmp_path_factory.mktemp("plain") / "hf"
-    convert_sat_checkpoint(DATA / "cfg2" / "sat_tp1", folder, config=golden_config("cfg2"))
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -5,27 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden import DATA, TOLERANCE, golden_arrays, golden_config
+from golden import TOLERANCE, golden_arrays, golden_config
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 from transformers.integrations.accelerate import compute_module_sizes
 
 from glm_hf import GLMConfig, GLMForBlankInfilling, GLMQuantizationConfig
-from glm_hf.conversion import convert_sat_checkpoint
 from glm_hf.quantization import QuantizedLinear, quantize_weight
 from glm_hf.quantization.embedding import QuantizedEmbedding
 
 EMBEDDINGS = GLMQuantizationConfig(bits=4, quantize_embeddings=True)
 NAMES = ("model.embed_tokens", "lm_head")
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory) -> Path:
-    """Golden cfg2 in fp16."""
-    folder = tmp_path_factory.mktemp("plain") / "hf"
-    convert_sat_checkpoint(DATA / "cfg2" / "sat_tp1", folder, config=golden_config("cfg2"))
-    return folder
 
 
 @pytest.fixture(scope="module")
