@@ -6,6 +6,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
+from .peft_glm import register_with_peft
+
 # Scaled variants whose frequencies depend on the sequence length would change keys already in the cache.
 STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
@@ -89,6 +91,11 @@ class GLMConfig(PreTrainedConfig):
     def head_dim(self) -> int:
         """Size of one attention head."""
         return self.hidden_size // self.num_attention_heads
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields. PEFT asks for them before it looks a model up in its tables, where GLM then stands."""
+        register_with_peft()
+        return super().to_dict()
 
     def validate_architecture(self) -> None:
         """Check that sizes, ranges and special ids fit together."""

@@ -15,7 +15,8 @@ from transformers.utils import logging
 
 from .configuration_glm import GLMConfig
 from .infilling_glm import infilling_layout, mask_token_ids, prepare_context, splice_blank
-from .masking_glm import Mask, continued_positions, is_padding_mask
+from .masking_glm import Mask, is_padding_mask, layout_ids
+from .peft_glm import num_virtual_tokens
 
 DEFAULT_NEW_TOKENS = 128
 
@@ -94,20 +95,20 @@ class GLMGenerationMixin(GenerationMixin):
         Positions given to `generate` win; those of new tokens count on from the last one.
 
         Raises:
-            ValueError: If a cache is reused that does not hold the whole context.
+            ValueError: If a cache is reused that does not hold the whole context, or begins with a learned prefix, or
+                several tokens at a time are to follow a learned prompt.
         """
+        if hasattr(past_key_values, "prefix_length") and kwargs.get("use_cache") is False:
+            past_key_values = None  # all tokens are read again, behind a prefix that PEFT makes anew
         if is_first_iteration and past_key_values is not None:
             self._check_reused_cache(input_ids, past_key_values)
-        if is_first_iteration and not (input_ids == self.config.sop_token_id).any():
-            logger.warning_once("the prompt has no sop token and is read causally; fill_blanks adds what is missing")
         padding = attention_mask if is_padding_mask(attention_mask) else None
-        if position_ids is None and inputs_embeds is not None:
-            past_length = 0 if past_key_values is None else int(past_key_values.get_seq_length())
-            num_new = inputs_embeds.shape[1] if is_first_iteration else next_sequence_length or input_ids.shape[1]
-            position_ids = continued_positions(padding, num_new, past_length, input_ids.device)
-        elif position_ids is None:
-            position_ids = infilling_layout(input_ids, self.config, padding)[0]
-        return super().prepare_inputs_for_generation(
+        ids = input_ids if inputs_embeds is None else self._ids_with_embedded(input_ids, inputs_embeds, padding)
+        if is_first_iteration and not (ids == self.config.sop_token_id).any():
+            logger.warning_once("the prompt has no sop token and is read causally; fill_blanks adds what is missing")
+        if position_ids is None:
+            position_ids = infilling_layout(ids, self.config, padding)[0]
+        model_inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
             past_key_values=past_key_values,
@@ -117,6 +118,25 @@ class GLMGenerationMixin(GenerationMixin):
             position_ids=position_ids,
             **kwargs,
         )
+        if past_key_values is not None and not past_key_values.is_compileable:
+            past_length, positions = past_key_values.get_seq_length(), model_inputs["position_ids"]
+            num_learned = past_length + positions.shape[1] - ids.shape[1]
+            if past_length and num_learned > 0:
+                if positions.shape[1] > 1:  # PEFT hands on the last one only
+                    raise ValueError("behind a learned prompt tokens are generated one by one; leave assistants out")
+                if not hasattr(past_key_values, "prefix_length"):
+                    model_inputs["decode_position_ids"] = positions + num_learned  # PEFT drops position_ids
+        return model_inputs
+
+    def _ids_with_embedded(
+        self, input_ids: torch.Tensor, inputs_embeds: torch.Tensor, padding: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return ids `(B, S)` of a prompt given as embeddings, as far as they shape a sample, and of what followed."""
+        if padding is not None and padding.shape[1] == input_ids.shape[1]:
+            return input_ids  # these hold the prompt's, too
+        embedded = layout_ids(inputs_embeds, self.get_input_embeddings(), self.config)
+        embedded = input_ids.new_full(inputs_embeds.shape[:2], -1) if embedded is None else embedded
+        return torch.cat((embedded, input_ids), dim=1)
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]) -> None:
         """Prepare none: `prepare_inputs_for_generation` derives positions at every step."""
@@ -126,6 +146,8 @@ class GLMGenerationMixin(GenerationMixin):
         past_length = int(past_key_values.get_seq_length())
         if past_length == 0:
             return
+        if hasattr(past_key_values, "prefix_length"):
+            raise ValueError("a cache behind a learned prefix cannot be reused; start without past_key_values")
         if input_ids.shape[1] <= past_length:
             raise ValueError("a reused cache needs the ids of the whole sequence, not only the new ones")
         is_sop = input_ids == self.config.sop_token_id
@@ -225,7 +247,7 @@ class GLMGenerationMixin(GenerationMixin):
         new, total = (generate_kwargs.get(name, getattr(settings, name)) for name in ("max_new_tokens", "max_length"))
         if new is None:
             new = DEFAULT_NEW_TOKENS if total is None else total - length
-        room = self.config.max_position_embeddings - length
+        room = self.config.max_position_embeddings - num_virtual_tokens(self) - length
         if new < 1 or room < 1:
             raise ValueError(
                 f"the text of {length} tokens must leave room for at least 1 new token, got max_new_tokens={new} and "

@@ -37,7 +37,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_glm import GLMConfig
 from .generation_glm import GLMGenerationMixin
 from .infilling_glm import masked_lm_layout
-from .masking_glm import Mask, infilling_attention, is_padding_mask
+from .masking_glm import Mask, infilling_attention, is_padding_mask, layout_ids
 from .rotary_glm import GLMRotaryEmbedding, apply_rotary
 
 
@@ -319,14 +319,16 @@ class GLMModel(GLMPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         num_outputs: int = 0,
+        decode_position_ids: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         """
         Encode token ids.
 
         Without a mask and positions of the caller's, both follow from `input_ids`: the tokens before a sample's first
-        `sop` see each other, all others see what stands before them (see `infilling_glm`). A sample without `sop`,
-        `inputs_embeds`, and tokens added to a filled cache are causal with positions that count up.
+        `sop` see each other, all others see what stands before them (see `infilling_glm`). A sample without `sop` and
+        tokens added to a filled cache are causal with positions that count up. The same follows from `inputs_embeds`
+        in which the embeddings of `sop` and masks stand unchanged.
 
         Args:
             input_ids: `(B, L)` token ids.
@@ -340,27 +342,39 @@ class GLMModel(GLMPreTrainedModel):
             use_cache: Whether to return the cache.
             num_outputs: How many tokens at the end have their states used, 0 for all. The last layer then leaves out
                 the context where that is possible, and `last_hidden_state` is shorter, but never than this.
+            decode_position_ids: Taken where no `position_ids` come: what `generate` gives tokens behind a learned
+                prompt, since PEFT drops `position_ids` there.
             **kwargs: Passed to the attention implementation.
 
         Returns:
             `last_hidden_state` `(B, L, D)` and the cache; `hidden_states` and `attentions` when asked for.
 
         Raises:
-            ValueError: If not exactly one of `input_ids` and `inputs_embeds` is given, or `segment_ids` come together
-                with an `attention_mask` or a filled cache.
+            ValueError: If not exactly one of `input_ids` and `inputs_embeds` is given, `segment_ids` come together
+                with an `attention_mask` or a filled cache, a context comes with a filled cache, or embeddings without
+                `sop` are trained on.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        elif attention_mask is None or is_padding_mask(attention_mask):
+            input_ids = layout_ids(inputs_embeds, self.embed_tokens, self.config)
         alpha = self.config.embedding_gradient_shrink
         if self.training and alpha != 1:
-            inputs_embeds = alpha * inputs_embeds + (1 - alpha) * inputs_embeds.detach()
+            fixed = inputs_embeds.detach()
+            inputs_embeds = fixed + alpha * (inputs_embeds - fixed)  # the same values, a shrunk gradient
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 
         attention_mask, position_ids, context_length = infilling_attention(
-            self.config, input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, segment_ids
+            self.config,
+            input_ids,
+            inputs_embeds,
+            attention_mask,
+            decode_position_ids if position_ids is None else position_ids,
+            past_key_values,
+            segment_ids,
         )
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         hidden_states = inputs_embeds
@@ -422,7 +436,8 @@ class GLMForBlankInfilling(GLMPreTrainedModel, GLMGenerationMixin):
                 `shift_labels`, what each token is to predict, are taken instead when given (`Trainer` passes them on
                 with `remove_unused_columns=False`; as a named argument here they would hide its evaluation loss).
             use_cache: Whether to return the cache.
-            logits_to_keep: Compute logits of the last so many tokens only, 0 for all; or of the given indices.
+            logits_to_keep: Compute logits of the last so many tokens only, 0 for all; or of the given indices; or of
+                the tokens that a bool mask `(B, L)` marks, `(tokens, V)` in the order of the rows.
             **kwargs: Passed to the attention implementation and the loss.
 
         Returns:
@@ -441,7 +456,11 @@ class GLMForBlankInfilling(GLMPreTrainedModel, GLMGenerationMixin):
             num_outputs=num_outputs,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        is_mask = isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.dtype == torch.bool
+        hidden_states = outputs.last_hidden_state
+        logits = self.lm_head(
+            hidden_states[logits_to_keep] if is_mask else slice_logits_to_keep(hidden_states, logits_to_keep)
+        )
         loss = None
         if labels is not None or kwargs.get("shift_labels") is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
