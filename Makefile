@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: install demo test quality bench bench-conversion bench-int4 bench-decode clean
+.PHONY: install demo test quality bench bench-conversion bench-int4 bench-decode bench-data bench-train-step clean
 
 install: $(INSTALLED)
 
@@ -14,7 +14,7 @@ $(INSTALLED): setup.cfg setup.py pyproject.toml constraints.txt $(wildcard quant
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "transformers 5.23 needs Python 3.11 or newer")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
 
 demo: $(INSTALLED)
@@ -45,6 +45,12 @@ bench-int4: $(INSTALLED)
 # Some minutes, 12 GB of memory and 6 GB of disk
 bench-decode: $(INSTALLED)
 	$(BIN)/python benchmarks/decode.py
+
+bench-data: $(INSTALLED)
+	$(BIN)/python benchmarks/data.py
+
+bench-train-step: $(INSTALLED)
+	$(BIN)/python benchmarks/train_step.py
 
 clean:
 	rm -rf $(VENV) .cache build dist *.egg-info

@@ -10,6 +10,7 @@ import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton, which reads it then
+    os.environ["DS_ACCELERATOR"] = "cpu"  # or DeepSpeed prints to stdout that it found no other
 
 torch.set_num_threads(1)  # tiny models lose more than they gain from a second thread
 

@@ -1,1 +1,23 @@
-"""Blank-infilling training: data, schedules and trainers."""
+"""Blank-infilling training: data, schedules and the trainer."""
+
+from glm_hf.training.arguments import GLMTrainingArguments
+from glm_hf.training.corpora import CorpusSource, load_corpus
+from glm_hf.training.data_collator import DataCollatorForBlankInfilling, sentence_ends
+from glm_hf.training.divergence import DivergenceError
+from glm_hf.training.gradient_shrink import shrink_embedding_gradient
+from glm_hf.training.mixture import BlankInfillingDataset
+from glm_hf.training.recipe import InfillingRecipe
+from glm_hf.training.trainer import GLMTrainer
+
+__all__ = [
+    "BlankInfillingDataset",
+    "CorpusSource",
+    "DataCollatorForBlankInfilling",
+    "DivergenceError",
+    "GLMTrainer",
+    "GLMTrainingArguments",
+    "InfillingRecipe",
+    "load_corpus",
+    "sentence_ends",
+    "shrink_embedding_gradient",
+]

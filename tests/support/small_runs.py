@@ -1,0 +1,62 @@
+"""Short training runs of a tiny model on random texts."""
+
+from pathlib import Path
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from glm_hf import GLMForBlankInfilling
+from glm_hf.training import DataCollatorForBlankInfilling, GLMTrainer, GLMTrainingArguments, InfillingRecipe
+
+RECIPE = InfillingRecipe(row_length=48, window_length=24)
+
+
+class Texts(Dataset):
+    """Ordinary features."""
+
+    def __init__(self, number: int = 24) -> None:
+        rng = np.random.default_rng(0)
+        self.texts = [rng.integers(30, 500, rng.integers(4, 20)).tolist() for _ in range(number)]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __getitem__(self, number: int) -> dict:
+        return {"input_ids": self.texts[number]}
+
+
+def make_arguments(folder: Path, **changes) -> GLMTrainingArguments:
+    settings = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 4,
+        "global_batch_size": 8,
+        "max_steps": 6,
+        "learning_rate": 1e-2,
+        "warmup_share": 0.2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    return GLMTrainingArguments(**(settings | changes))
+
+
+def make_trainer(
+    model_folder: Path, folder: Path, *, dropout: float = 0.0, data=None, eval_dataset=None, callbacks=(), **changes
+) -> GLMTrainer:
+    model = GLMForBlankInfilling.from_pretrained(model_folder, dtype="float32", hidden_dropout=dropout)
+    collator = DataCollatorForBlankInfilling(model.config, RECIPE, seed=3)
+    data = Texts() if data is None else data
+    return GLMTrainer(
+        model,
+        make_arguments(folder, **changes),
+        collator,
+        train_dataset=data,
+        eval_dataset=eval_dataset,
+        callbacks=list(callbacks),
+    )
+
+
+def losses(trainer: GLMTrainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -1,0 +1,117 @@
+"""Two processes under gloo against one."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from forked import run_ranks, start, wait
+from small_runs import losses, make_trainer
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "training"
+SETTINGS = {"max_steps": 5, "per_device_train_batch_size": 2, "embedding_gradient_shrink": 0.3}
+
+
+def train(model_folder: Path, folder: Path, **changes):
+    trainer = make_trainer(model_folder, folder, **(SETTINGS | changes))
+    trainer.train(resume_from_checkpoint=changes.get("resume_from_checkpoint"))
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return losses(trainer), logs
+
+
+@pytest.fixture(scope="module")
+def alone(model_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    return wait(start(lambda: train(model_folder, folder), folder / "result"), folder / "result")
+
+
+def zero(stage: int) -> dict:
+    """The configuration that users are given, for a device without fp16."""
+    return json.loads((EXAMPLES / f"zero{stage}.json").read_text())
+
+
+def prepare_deepspeed() -> None:
+    """Keep DeepSpeed from compiling an operator that nothing here uses, for minutes."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def test_ddp_gives_the_losses_of_one_process(model_folder, tmp_path, alone):
+    ranks = run_ranks(lambda rank: train(model_folder, tmp_path / "run"), 2, tmp_path)
+    expected, expected_logs = alone
+    for found, logs in ranks:
+        assert found == pytest.approx(expected, abs=1e-4)
+        for log, expected_log in zip(logs, expected_logs, strict=True):
+            names = {"grad_norm", "loss_mask", "loss_gmask", "embedding_grad_norm"} & expected_log.keys()
+            assert {name: log[name] for name in names} == pytest.approx(
+                {name: expected_log[name] for name in names}, rel=1e-3
+            )
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero_gives_the_losses_of_one_process(model_folder, tmp_path, alone, stage):
+    pytest.importorskip("deepspeed")
+
+    def rank_main(rank: int):
+        prepare_deepspeed()
+        return train(model_folder, tmp_path / "run", deepspeed=zero(stage))
+
+    expected, expected_logs = alone
+    for found, logs in run_ranks(rank_main, 2, tmp_path):
+        assert found == pytest.approx(expected, abs=1e-4)
+        for log, expected_log in zip(logs, expected_logs, strict=True):
+            assert log["embedding_grad_norm"] == pytest.approx(expected_log["embedding_grad_norm"], rel=1e-3)
+            assert log["grad_norm"] == pytest.approx(expected_log["grad_norm"], rel=1e-3)
+
+
+def test_zero_goes_on_from_a_checkpoint(model_folder, tmp_path):
+    pytest.importorskip("deepspeed")
+    saving = {"save_strategy": "steps", "save_steps": 2, "deepspeed": zero(2)}
+
+    def whole(rank: int):
+        prepare_deepspeed()
+        return train(model_folder, tmp_path / "run", **saving)
+
+    def again(rank: int):
+        prepare_deepspeed()
+        trainer = make_trainer(model_folder, tmp_path / "again", **(SETTINGS | saving))
+        trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+        return losses(trainer)
+
+    expected = run_ranks(whole, 2, tmp_path)
+    assert (tmp_path / "run" / "checkpoint-2" / "latest").is_file()
+    assert run_ranks(again, 2, tmp_path) == [found for found, _ in expected]
+
+
+def test_a_batch_that_processes_cannot_share_is_one_error(model_folder, tmp_path):
+    def rank_main(rank: int) -> str:
+        with pytest.raises(ValueError, match="2 processes cannot share a batch of 5") as caught:
+            train(model_folder, tmp_path / "run", global_batch_size=5)
+        return str(caught.value)
+
+    assert len(run_ranks(rank_main, 2, tmp_path)) == 2
+
+
+def test_ranks_agree_to_skip_and_stop(model_folder, tmp_path):
+    """Only one rank's sample overflows, and both act."""
+
+    def rank_main(rank: int):
+        trainer = make_trainer(model_folder, tmp_path / "run", **SETTINGS, divergence_action="skip")
+        measure = trainer.compute_loss
+
+        def overflow(model, inputs, *args, **kwargs):
+            loss = measure(model, inputs, *args, **kwargs)
+            return loss * torch.inf if rank == 1 and trainer.state.global_step == 2 else loss
+
+        trainer.compute_loss = overflow
+        trainer.train()
+        total = sum(parameter.detach().double().sum().item() for parameter in trainer.model.parameters())
+        return trainer.state.global_step, total
+
+    first, second = run_ranks(rank_main, 2, tmp_path)
+    assert first == second
+    assert first[0] == 5
+    [event] = json.loads((tmp_path / "run" / "divergence.json").read_text())
+    assert (event["step"], event["action"]) == (3, "skip")
+    assert len({sample["sample"] for sample in event["samples"]}) == 8

@@ -1,0 +1,84 @@
+"""What a training run is told, beside its data."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+DIVERGENCE_ACTIONS = ("none", "skip", "lower_alpha", "stop")
+
+
+@dataclass
+class GLMTrainingArguments(TrainingArguments):
+    r"""
+    transformers' `TrainingArguments` with the schedules and safeguards of GLM-130B; rates are the paper's.
+
+    Everything is counted in samples: a sample is a row of the dataset, and a step takes `global_batch_size` of them,
+    in pieces of `per_device_train_batch_size`. The length of a run is `max_steps` if above 0, else `train_samples`,
+    else `num_train_epochs`.
+
+    Args:
+        learning_rate: Peak.
+        initial_learning_rate: At the first sample.
+        min_learning_rate: At the last sample.
+        warmup_share: Share of the samples over which the rate grows, before it falls along a cosine.
+        train_samples: Length of the run.
+        global_batch_size: Samples of a step on all devices; by default `per_device_train_batch_size` times
+            `gradient_accumulation_steps` times devices.
+        batch_ramp_start: Samples of the first step, from which the batch grows to `global_batch_size`; GLM-130B grew
+            from 192 to 4224. No ramp by default.
+        batch_ramp_share: Share of the samples over which the batch grows.
+        skip_data_ranges: Data to leave out, as the steps `FIRST-LAST` that would have trained on it.
+        embedding_gradient_shrink: Alpha of `shrink_embedding_gradient`: a number, or points `[step, alpha]` with
+            straight lines between; by default the model's own.
+        divergence_action: What happens where the loss or the gradient is not finite, or the gradient of the embedding
+            leaps: `skip` the step; `lower_alpha` by half from then on, and skip the step if something is not finite;
+            `stop`, with the samples written to divergence.json; `none` only logs. Overflows of the fp16 loss scale are
+            none of this.
+        spike_threshold: How many times the median of the last 100 norms of the embedding's gradient a leap is.
+        peak_tflops: What a device can do at the precision of the run, in 10^12 operations per second, to log the
+            model FLOPs utilization; by default known for some GPUs.
+    """
+
+    learning_rate: float = field(default=8e-5, metadata={"help": "Peak learning rate."})
+    initial_learning_rate: float = field(default=1e-7, metadata={"help": "Learning rate at the first sample."})
+    min_learning_rate: float = field(default=8e-6, metadata={"help": "Learning rate at the last sample."})
+    warmup_share: float = field(default=0.005, metadata={"help": "Share of the samples for the warm-up."})
+    adam_beta2: float = field(default=0.95, metadata={"help": "Second beta of AdamW."})
+    weight_decay: float = field(default=0.1, metadata={"help": "Weight decay, without biases and norms."})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Folded into global_batch_size."})
+    train_samples: int | None = field(default=None, metadata={"help": "Samples of the run."})
+    global_batch_size: int | None = field(default=None, metadata={"help": "Samples of a step on all devices."})
+    batch_ramp_start: int | None = field(default=None, metadata={"help": "Samples of the first step."})
+    batch_ramp_share: float = field(default=0.025, metadata={"help": "Share of the samples for the batch ramp."})
+    skip_data_ranges: list[str] = field(default_factory=list, metadata={"help": "Steps whose data is left out."})
+    embedding_gradient_shrink: Any = field(default=None, metadata={"help": "Alpha, or points [step, alpha]."})
+    divergence_action: str = field(default="stop", metadata={"help": f"One of {', '.join(DIVERGENCE_ACTIONS)}."})
+    spike_threshold: float = field(default=20.0, metadata={"help": "Leap of the embedding's gradient, in medians."})
+    peak_tflops: float | None = field(default=None, metadata={"help": "Of one device, for the utilization."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Whether to hide losses that are NaN."})
+    remove_unused_columns: bool | None = field(default=False, metadata={"help": "The collator needs all columns."})
+    label_names: list[str] | None = field(
+        default_factory=lambda: ["shift_labels"], metadata={"help": "What the collator calls the labels."}
+    )
+
+    def __post_init__(self) -> None:
+        """Check ranges, and turn accumulation steps into samples of a step."""
+        super().__post_init__()
+        if self.divergence_action not in DIVERGENCE_ACTIONS:
+            raise ValueError(
+                f"divergence_action must be one of {', '.join(DIVERGENCE_ACTIONS)}, got {self.divergence_action!r}"
+            )
+        if not self.spike_threshold > 1:
+            raise ValueError(f"spike_threshold must be above 1, got {self.spike_threshold}")
+        for name in ("warmup_share", "batch_ramp_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        if self.global_batch_size is None:
+            self.global_batch_size = (
+                self.per_device_train_batch_size
+                * self.gradient_accumulation_steps
+                * max(self.n_gpu, 1)
+                * self.world_size
+            )
+        self.gradient_accumulation_steps = 1  # the trainer cuts a step's samples into pieces itself

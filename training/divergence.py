@@ -1,0 +1,83 @@
+"""Watching for divergence: losses and gradients that are not finite, and leaps of the embedding's gradient.
+
+In GLM-130B's training, the norm of the embedding's gradient leapt some steps before the loss did.
+"""
+
+import json
+import math
+import statistics
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+DIVERGENCE_FILE = "divergence.json"
+WINDOW = 100
+LEAST_HISTORY = 20  # norms seen before a leap can be told
+
+
+class DivergenceError(RuntimeError):
+    """Training has stopped itself; the weights are those of the step before."""
+
+
+class DivergenceWatch:
+    """
+    Remember the norms of the embedding's gradient and tell when one leaps.
+
+    Args:
+        spike_threshold: How many times the median of the last norms a leap is.
+    """
+
+    def __init__(self, spike_threshold: float) -> None:
+        self.spike_threshold = spike_threshold
+        self.norms: deque[float] = deque(maxlen=WINDOW)
+
+    def observe(self, loss: float, grad_norm: float, embedding_norm: float | None) -> str | None:
+        """
+        Take note of a step before its update.
+
+        Args:
+            loss: Of the step.
+            grad_norm: Of all gradients.
+            embedding_norm: Of the embedding's gradient; None if it has none.
+
+        Returns:
+            What is wrong, in words, or None. Norms of such steps are not remembered.
+        """
+        if not math.isfinite(loss):
+            return f"the loss is {loss}"
+        if not math.isfinite(grad_norm):
+            return f"the norm of the gradient is {grad_norm}"
+        if embedding_norm is None:
+            return None
+        if not math.isfinite(embedding_norm):
+            return f"the norm of the embedding's gradient is {embedding_norm}"
+        if len(self.norms) >= LEAST_HISTORY:
+            median = statistics.median(self.norms)
+            if embedding_norm > self.spike_threshold * median:
+                return f"the norm of the embedding's gradient is {embedding_norm:.3g}, {median:.3g} in the median"
+        self.norms.append(embedding_norm)
+        return None
+
+    def state(self) -> dict[str, Any]:
+        """Return what a later run needs to go on watching."""
+        return {"norms": list(self.norms)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from the `state` of another watch."""
+        self.norms = deque(state["norms"], maxlen=WINDOW)
+
+
+def append_event(file: Path, event: dict[str, Any]) -> None:
+    """Append an event to a JSON list; numbers that are not finite are written as text."""
+    events = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    file.parent.mkdir(parents=True, exist_ok=True)
+    content = json.dumps([*events, _finite(event)], indent=1, ensure_ascii=False, allow_nan=False)
+    file.write_text(content + "\n", encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,196 @@
+"""A training run from a file: `glm-hf train config.yaml`."""
+
+import dataclasses
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import AutoTokenizer
+from transformers.trainer_utils import get_last_checkpoint
+
+from glm_hf.configuration_glm import GLMConfig
+from glm_hf.modeling_glm import GLMForBlankInfilling
+from glm_hf.tokenization_glm import GLMTokenizer
+from glm_hf.training.arguments import GLMTrainingArguments
+from glm_hf.training.corpora import CorpusSource, load_corpus
+from glm_hf.training.data_collator import DataCollatorForBlankInfilling, sentence_ends
+from glm_hf.training.divergence import DivergenceError
+from glm_hf.training.mixture import DEFAULT_INSTRUCTION_SHARE, BlankInfillingDataset
+from glm_hf.training.recipe import InfillingRecipe
+from glm_hf.training.schedules import PiecewiseLinear
+from glm_hf.training.trainer import GLMTrainer
+
+SECTIONS = ("model", "data", "training", "peft")
+MODEL_KEYS = ("path", "tokenizer", "config", "quantization", "dtype", "overrides", "attn_implementation")
+DATA_KEYS = ("train", "eval", "cache", "recipe", "instruction_share", "seed")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """
+    The sections of a configuration file, see `examples/training`.
+
+    Args:
+        model: `path` of a model, or `config` (fields of `GLMConfig`) for a new one, with `tokenizer` where it is not
+            in the same folder; `dtype`, `attn_implementation`, `quantization` (fields of `GLMQuantizationConfig`) and
+            `overrides` of its config, such as `hidden_dropout`.
+        data: `train` and `eval`, lists of `CorpusSource` fields; `cache`, a folder for tokenized corpora; `recipe`,
+            fields of `InfillingRecipe`; `instruction_share`, a number or points `[sample, share]`; `seed`.
+        training: Fields of `GLMTrainingArguments`.
+        peft: `type` and fields of a configuration of PEFT.
+    """
+
+    model: dict[str, Any]
+    data: dict[str, Any]
+    training: dict[str, Any]
+    peft: dict[str, Any]
+
+    @classmethod
+    def read(cls, file: str | Path) -> "RunConfig":
+        """
+        Read a YAML file.
+
+        Raises:
+            ValueError: If it is no YAML, or has unknown or missing sections or keys.
+        """
+        try:
+            content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ValueError(f"{file} is not YAML: {error}") from error
+        if not isinstance(content, dict) or not all(isinstance(part, dict) for part in content.values()):
+            raise ValueError(f"{file} must hold sections {', '.join(SECTIONS)}, each with keys and values")
+        require_known(content, SECTIONS, f"sections of {file}")
+        require_known(content.get("model", {}), MODEL_KEYS, "keys of model")
+        require_known(content.get("data", {}), DATA_KEYS, "keys of data")
+        if "train" not in content.get("data", {}) or not {"path", "config"} & content.get("model", {}).keys():
+            raise ValueError(f"{file} needs data: train, and model: path or config")
+        return cls(**{name: content.get(name, {}) for name in SECTIONS})
+
+
+def require_known(given: dict[str, Any], known: tuple[str, ...], what: str) -> None:
+    """Raise ValueError if there are unknown keys, naming the known ones."""
+    if unknown := given.keys() - set(known):
+        raise ValueError(f"{what} are {', '.join(known)}, got {', '.join(map(str, sorted(unknown)))}")
+
+
+def fields_of(kind: type, given: dict[str, Any], what: str) -> Any:
+    """Return a dataclass of the given fields; ValueError if one is unknown."""
+    require_known(given, tuple(field.name for field in dataclasses.fields(kind) if field.init), what)
+    return kind(**given)
+
+
+def train_run(run: RunConfig, *, resume: bool = False, output_dir: str | None = None) -> str:
+    """
+    Train as a configuration says, and save the model, or its adapter, in the output folder.
+
+    Args:
+        run: The configuration.
+        resume: Whether to go on from the last checkpoint in the output folder, if there is one.
+        output_dir: Instead of that of the configuration.
+
+    Returns:
+        The output folder.
+
+    Raises:
+        FileExistsError: If the output folder holds checkpoints and `resume` is not set.
+        ValueError: If the configuration is impossible, or training has stopped itself.
+    """
+    if output_dir is not None:
+        run = replace(run, training={**run.training, "output_dir": output_dir})
+    trainer = build_trainer(run)
+    folder = trainer.args.output_dir
+    last = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+    if last and not resume:
+        raise FileExistsError(f"{folder} holds {Path(last).name} already; resume, or choose another folder")
+    try:
+        trainer.train(resume_from_checkpoint=last)
+    except DivergenceError as error:
+        raise ValueError(str(error)) from error
+    trainer.save_model()
+    return folder
+
+
+def build_trainer(run: RunConfig) -> GLMTrainer:
+    """Load model and data, and return a trainer that is ready to train."""
+    args = fields_of(GLMTrainingArguments, run.training, "keys of training")
+    tokenizer = AutoTokenizer.from_pretrained(run.model.get("tokenizer", run.model.get("path")))
+    model = load_model(run.model, tokenizer, args)
+    if run.peft:
+        model = add_adapter(model, run.peft)
+    recipe = fields_of(InfillingRecipe, run.data.get("recipe", {}), "keys of recipe")
+    seed = run.data.get("seed", args.seed)
+    collator = DataCollatorForBlankInfilling(
+        model.config, recipe, seed, sentence_ends(tokenizer) if recipe.smask_probability else ()
+    )
+    datasets = {
+        part: load_dataset(run.data[part], run.data, recipe, tokenizer, model.config, seed)
+        for part in ("train", "eval")
+        if part in run.data
+    }
+    return GLMTrainer(
+        model,
+        args,
+        collator,
+        train_dataset=datasets["train"],
+        eval_dataset=datasets.get("eval"),
+        processing_class=tokenizer,
+    )
+
+
+def load_model(settings: dict[str, Any], tokenizer: GLMTokenizer, args: GLMTrainingArguments) -> Any:
+    """Return the model of a configuration: loaded from `path`, or new with the sizes of `config`."""
+    options = dict(settings.get("overrides", {}))
+    if "attn_implementation" in settings:
+        options["attn_implementation"] = settings["attn_implementation"]
+    if "path" not in settings:
+        names = ("pad", "eos", "mask", "gmask", "smask", "eod", "sop", "eop")
+        special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in names}
+        torch.manual_seed(args.seed)
+        sizes = {"vocab_size": len(tokenizer), **special, **settings["config"], **options}
+        return GLMForBlankInfilling(GLMConfig(**sizes))
+    if "quantization" in settings:
+        from glm_hf import GLMQuantizationConfig
+
+        options["quantization_config"] = GLMQuantizationConfig(**settings["quantization"])
+    return GLMForBlankInfilling.from_pretrained(settings["path"], dtype=settings.get("dtype", "float32"), **options)
+
+
+def add_adapter(model: GLMForBlankInfilling, settings: dict[str, Any]) -> Any:
+    """Return the model with an adapter of PEFT, of which alone the weights are trained."""
+    import peft
+
+    settings = dict(settings)
+    kind = str(settings.pop("type", "")).upper()
+    kinds = {str(name.value): config for name, config in peft.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    if kind not in kinds:
+        raise ValueError(f"peft: type must be one of {', '.join(sorted(kinds))}, got {kind or 'none'}")
+    config = fields_of(kinds[kind], {"task_type": "CAUSAL_LM", **settings}, f"keys of peft {kind}")
+    return peft.get_peft_model(model, config)
+
+
+def load_dataset(
+    sources: list[dict[str, Any]],
+    settings: dict[str, Any],
+    recipe: InfillingRecipe,
+    tokenizer: GLMTokenizer,
+    config: GLMConfig,
+    seed: int,
+) -> BlankInfillingDataset:
+    """Return the rows of some corpora, tokenized in the cache folder of the configuration."""
+    known = [fields_of(CorpusSource, source, "keys of a corpus") for source in sources]
+    cache = Path(settings.get("cache", "tokenized"))
+    corpora = [load_corpus(source, tokenizer, config, cache, recipe.row_length) for source in known]
+    weights = [source.weight for source in known]
+    if len({weight is None for weight in weights}) > 1:
+        raise ValueError("give every corpus a weight, or none")
+    share = PiecewiseLinear.of(settings.get("instruction_share", DEFAULT_INSTRUCTION_SHARE))
+    return BlankInfillingDataset(
+        corpora,
+        recipe,
+        weights=None if None in weights else weights,
+        join_documents=[source.join_documents for source in known],
+        instruction_share=share,
+        seed=seed,
+    )

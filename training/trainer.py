@@ -1,0 +1,400 @@
+"""transformers' Trainer with what GLM-130B's training needs."""
+
+import contextlib
+import json
+import math
+import time
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    IntervalStrategy,
+    SaveStrategy,
+    rotate_checkpoints,
+)
+from transformers.utils import logging
+
+from glm_hf.training.arguments import GLMTrainingArguments
+from glm_hf.training.batches import ShuffledEpochs, StepSampler
+from glm_hf.training.blanks import IGNORED
+from glm_hf.training.checkpoints import STAGING, staged_checkpoint
+from glm_hf.training.data_collator import DataCollatorForBlankInfilling
+from glm_hf.training.divergence import DIVERGENCE_FILE, DivergenceError, DivergenceWatch, append_event
+from glm_hf.training.gradient_shrink import shrink_embedding_gradient
+from glm_hf.training.meters import LossMeter
+from glm_hf.training.mixture import BlankInfillingDataset
+from glm_hf.training.schedules import BatchSchedule, LearningRateSchedule, PiecewiseLinear, parse_ranges
+from glm_hf.training.throughput import flops_per_token, peak_tflops
+from glm_hf.training.zero import DeferredStep, full_gradient
+
+STATE_FILE = "glm_training_state.json"
+
+logger = logging.get_logger(__name__)
+
+
+class GLMTrainer(Trainer):
+    """
+    transformers' `Trainer`, counting in samples, with GLM-130B's schedules, losses by objective and safeguards.
+
+    Everything else is `Trainer`'s: callbacks, evaluation, logging, DDP and DeepSpeed's ZeRO. A run is one pass over as
+    many samples as `GLMTrainingArguments` tell; `train_dataset` is a `BlankInfillingDataset`, or any dataset with a
+    length whose items `DataCollatorForBlankInfilling` takes. Checkpoints appear only when they are complete; a run
+    that is resumed goes on with the same batches, whatever the number of workers and processes.
+
+    Logged besides: `loss_mask`, `loss_smask`, `loss_gmask`, `loss_instruction` (means per predicted token),
+    `embedding_grad_norm`, `embedding_gradient_shrink`, `samples`, `tokens_per_second`, and `mfu`, the model FLOPs
+    utilization, where the peak of the device is known.
+
+    Args:
+        model: As in `Trainer`.
+        args: `GLMTrainingArguments`.
+        data_collator: `DataCollatorForBlankInfilling` with the recipe of GLM-130B by default.
+        **kwargs: As in `Trainer`.
+
+    Raises:
+        ValueError: If schedules are impossible, or `train_dataset` has no length.
+        DivergenceError: From `train`, if training has stopped itself.
+    """
+
+    args: GLMTrainingArguments
+
+    def __init__(
+        self, model: Any = None, args: GLMTrainingArguments | None = None, data_collator: Any = None, **kwargs: Any
+    ) -> None:
+        args = GLMTrainingArguments() if args is None else args
+        if not isinstance(args, GLMTrainingArguments):
+            raise ValueError(f"GLMTrainer takes GLMTrainingArguments, got {type(args).__name__}")
+        if data_collator is None:
+            data_collator = DataCollatorForBlankInfilling(model.config, seed=args.seed)
+        if isinstance(data_collator, DataCollatorForBlankInfilling):
+            data_collator = replace(data_collator, with_origin=True)
+        super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
+        adapter = getattr(model, "active_peft_config", None)
+        if adapter is not None and adapter.is_prompt_learning and adapter.peft_type != "PREFIX_TUNING":
+            raise ValueError(
+                f"samples share rows, in which {adapter.peft_type.value} has no place for a prompt of each; use "
+                "PREFIX_TUNING (P-tuning v2) or LORA"
+            )
+        shrink = args.embedding_gradient_shrink
+        self.alpha_schedule = None if shrink is None else PiecewiseLinear.of(shrink)
+        self.alpha_factor = 1.0
+        self.watch = DivergenceWatch(args.spike_threshold)
+        self.meter = LossMeter(args.device)
+        self.embedding_norm: torch.Tensor | None = None
+        self.step_loss: torch.Tensor | None = None
+        self.last_log = time.perf_counter()
+        self.is_saving = False
+
+    def plan_steps(self) -> np.ndarray:
+        """Return `(steps + 1,)` the samples before every step and after the last."""
+        args = self.args
+        full = args.global_batch_size
+        if args.max_steps > 0 and args.batch_ramp_start is not None:
+            raise ValueError("a batch ramp is a share of the samples: give train_samples instead of max_steps")
+        if args.max_steps > 0:
+            total = args.max_steps * full
+        else:
+            total = args.train_samples or int(args.num_train_epochs * len(self.train_dataset))
+        start = full if args.batch_ramp_start is None else args.batch_ramp_start
+        schedule = BatchSchedule(total, full, start, args.batch_ramp_share * total if start < full else 0)
+        return np.append(0, schedule.batch_sizes().cumsum())
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Return a loader of whole steps, this process's share of each, through the whole run."""
+        if isinstance(self.train_dataset, IterableDataset) or not hasattr(self.train_dataset, "__len__"):
+            raise ValueError("train_dataset needs a length; tokenize a stream with glm_hf.training.load_corpus first")
+        args = self.args
+        self.samples_before = self.plan_steps()
+        dataset = self.train_dataset
+        if not isinstance(dataset, BlankInfillingDataset):
+            dataset = ShuffledEpochs(dataset, args.seed)
+        skipped = parse_ranges(args.skip_data_ranges, self.samples_before[1:])
+        sampler = StepSampler(np.diff(self.samples_before), skipped, args.process_index, args.world_size)
+        return DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
+            prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            generator=torch.Generator().manual_seed(args.seed),  # the global one would move with the loader
+        )
+
+    def set_initial_training_values(
+        self, args: GLMTrainingArguments, dataloader: DataLoader
+    ) -> tuple[int, int, int, int, int, int, int]:
+        """Return the counts of a run that is one pass over the loader."""
+        steps, samples = len(dataloader), int(self.samples_before[-1])
+        return 1, steps, len(self.train_dataset), samples, args.global_batch_size, steps, steps
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
+        """Make the learning rate follow the samples."""
+        args = self.args
+        total = int(self.samples_before[-1])
+        rate = LearningRateSchedule(
+            args.initial_learning_rate, args.learning_rate, args.min_learning_rate, args.warmup_share * total, total
+        )
+        last = len(self.samples_before) - 1
+        self.lr_scheduler = LambdaLR(
+            self.optimizer if optimizer is None else optimizer,
+            lambda step: rate.at(int(self.samples_before[min(step, last)])) / args.learning_rate,
+        )
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Train on a step's samples in pieces of `per_device_train_batch_size`, and return their mean loss."""
+        self.meter.begin_step()
+        if self.alpha_schedule is not None:
+            alpha = float(self.alpha_schedule(np.array(self.state.global_step)))
+            shrink_embedding_gradient(self.model, alpha * self.alpha_factor)
+        uses_zero = self.is_deepspeed_enabled
+        if uses_zero and not isinstance(self.accelerator.deepspeed_engine_wrapped, DeferredStep):
+            self.accelerator.deepspeed_engine_wrapped = DeferredStep(self.model_wrapped)
+        count = -(-self._samples_per_process() // self.args.per_device_train_batch_size)
+        pieces = [
+            dict(zip(inputs, parts, strict=True))
+            for parts in zip(*(values.tensor_split(count) for values in inputs.values()), strict=True)
+        ]
+        losses = []
+        for number, piece in enumerate(pieces, 1):
+            is_last = number == len(pieces)
+            self.accelerator.gradient_state._set_sync_gradients(is_last)
+            with contextlib.nullcontext() if is_last or uses_zero else self.accelerator.no_sync(model):
+                losses.append(super().training_step(model, piece, num_items_in_batch))
+        self.step_loss = torch.stack(losses).sum()
+        self.embedding_norm = self._measure_embedding()
+        if uses_zero:
+            self._check_step(0.0)
+            self.model_wrapped.step()
+        return self.step_loss
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the mean loss of the predicted tokens; logits are made for these only, unless metrics need all."""
+        if "shift_labels" not in inputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        inputs = dict(inputs)
+        labels = inputs.pop("shift_labels")
+        objectives, sample_ids = inputs.pop("objectives", None), inputs.pop("sample_ids", None)
+        is_target = labels != IGNORED
+        keeps_all = return_outputs and self.compute_metrics is not None
+        outputs = model(**inputs, use_cache=False, logits_to_keep=0 if keeps_all else is_target)
+        logits = outputs.logits[is_target] if keeps_all else outputs.logits
+        losses = nn.functional.cross_entropy(logits.float(), labels[is_target], reduction="none")
+        if model.training and objectives is not None:
+            self.meter.add(losses, labels, inputs["segment_ids"], objectives, sample_ids)
+        if num_items_in_batch is None:
+            loss = losses.mean()
+        else:  # counted over all processes, whose gradients are averaged
+            loss = losses.sum() * (self.accelerator.num_processes / num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, torch.Tensor]], device: torch.device) -> Any:
+        """Return the number of predicted tokens of a step on all processes."""
+        if "shift_labels" not in batch_samples[0]:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        count = sum((batch["shift_labels"] != IGNORED).sum() for batch in batch_samples)
+        return self.accelerator.reduce(count.to(device))
+
+    def _samples_per_process(self) -> int:
+        """Return how many samples this process has at this step."""
+        first, end = self.samples_before[self.state.global_step : self.state.global_step + 2]
+        return int(end - first) // self.args.world_size
+
+    def _measure_embedding(self) -> torch.Tensor | None:
+        """Return the norm of the embedding's gradient, without a loss scale; None where it is not trained."""
+        weight = self.model.get_input_embeddings().weight
+        if not weight.requires_grad:
+            return None
+        gradient = full_gradient(weight) if self.is_deepspeed_enabled else weight.grad
+        if gradient is None:
+            return None
+        scale = 1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()
+        return gradient.float().norm() / scale
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Return the norm of the gradient, after a look at whether the update may be made."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        if not self.is_deepspeed_enabled:
+            self._check_step(float(norm))
+        return norm
+
+    def _check_step(self, grad_norm: float) -> None:
+        """Act as `divergence_action` says if the step diverges."""
+        if self.args.divergence_action == "none":
+            return
+        loss = float(self.accelerator.reduce(self.step_loss, "mean"))
+        embedding_norm = None if self.embedding_norm is None else float(self.embedding_norm)
+        has_scale = self.accelerator.scaler is not None or self.accelerator.mixed_precision == "fp16"
+        if has_scale and math.isfinite(loss) and not math.isfinite(grad_norm + (embedding_norm or 0)):
+            return  # an overflow, which lowers the loss scale and skips the step by itself
+        reason = self.watch.observe(loss, grad_norm, embedding_norm)
+        if reason is None:
+            return
+        action = self.args.divergence_action
+        file = self._record_divergence(reason, action)
+        step = self.state.global_step + 1
+        if action == "stop":
+            self.model.zero_grad(set_to_none=True)
+            raise DivergenceError(
+                f"training stops before the update of step {step}: {reason}; its samples are in {file}. Go on from an "
+                f'earlier checkpoint with skip_data_ranges=["{step}-{step}"], a lower learning rate or a lower alpha'
+            )
+        if action == "lower_alpha":
+            self.alpha_factor /= 2
+            if self.alpha_schedule is None:
+                self.alpha_schedule = PiecewiseLinear.of(self.model.config.embedding_gradient_shrink)
+        is_finite = math.isfinite(loss + grad_norm + (embedding_norm or 0))
+        if action == "skip" or not is_finite:
+            self._drop_gradients()
+        logger.warning(f"step {step}: {reason}; {action.replace('_', ' ')}")
+
+    def _drop_gradients(self) -> None:
+        """Let the update change nothing."""
+        if self.is_deepspeed_enabled:
+            raise ValueError("DeepSpeed cannot skip a step; use divergence_action stop or none")
+        for parameter in self.model.parameters():
+            parameter.grad = None
+
+    def _record_divergence(self, reason: str, action: str) -> Path:
+        """Append step, reason and samples to divergence.json, the samples of the highest losses first."""
+        ids, losses = (self.accelerator.gather(torch.cat(part)) for part in zip(*self.meter.rows, strict=True))
+        order = torch.argsort(torch.nan_to_num(losses, nan=torch.inf), descending=True)
+        has_origin = isinstance(self.train_dataset, BlankInfillingDataset)
+        samples = [
+            {"sample": sample, "loss": loss, **(self.train_dataset.origin(sample) if has_origin else {})}
+            for sample, loss in zip(ids[order].tolist(), losses[order].tolist(), strict=True)
+        ]
+        file = Path(self.args.output_dir) / DIVERGENCE_FILE
+        if self.is_world_process_zero():
+            event = {"step": self.state.global_step + 1, "reason": reason, "action": action, "samples": samples}
+            append_event(file, event)
+        return file
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as `Trainer` does, with losses by objective, the embedding's gradient and throughput."""
+        if "loss" in logs:
+            logs = logs | self._measurements()
+        super().log(logs, start_time)
+
+    def _measurements(self) -> dict[str, float]:
+        """Return what was measured since the last log."""
+        taken = self.accelerator.reduce(self.meter.take())
+        now = time.perf_counter()
+        seconds, self.last_log = now - self.last_log, now
+        found = LossMeter.describe(taken)
+        if self.embedding_norm is not None:
+            found["embedding_grad_norm"] = float(self.embedding_norm)
+        if self.alpha_schedule is not None:
+            found["embedding_gradient_shrink"] = self.model.config.embedding_gradient_shrink
+        found["samples"] = int(self.samples_before[self.state.global_step])
+        num_tokens = float(taken[-1])
+        if num_tokens:
+            found["tokens_per_second"] = num_tokens / seconds
+            peak = self.args.peak_tflops or peak_tflops(self.args.device)
+            if peak:
+                done = num_tokens * self.flops_per_token / seconds
+                found["mfu"] = done / (peak * 1e12 * self.args.world_size)
+        return found
+
+    @cached_property
+    def flops_per_token(self) -> float:
+        """Operations of forward and backward pass per token."""
+        length = getattr(getattr(self.data_collator, "recipe", None), "row_length", 0)
+        return flops_per_token(self.model.config, self.model.num_parameters(), length)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> float:
+        """Return the operations of a step's inputs."""
+        return self.flops_per_token * inputs["input_ids"].numel()
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Do what is due at the end of a step; an epoch ends when the dataset's length was trained on."""
+        step, length = self.state.global_step, len(self.train_dataset)
+        before, samples = self.samples_before[max(step - 1, 0)], self.samples_before[step]
+        self.state.epoch = samples / length
+        if samples // length > before // length and step < self.state.max_steps:  # `Trainer` sees the end itself
+            self.control.should_log |= self.args.logging_strategy == IntervalStrategy.EPOCH
+            self.control.should_evaluate |= self.args.eval_strategy == IntervalStrategy.EPOCH
+            self.control.should_save |= self.args.save_strategy == SaveStrategy.EPOCH
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Return the output folder; while a checkpoint is written, a hidden folder in it."""
+        folder = super()._get_output_dir(trial)
+        return str(Path(folder) / STAGING) if self.is_saving else folder
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """
+        Save a checkpoint beside its place and move it there when every byte is on the disk.
+
+        Raises:
+            OSError: If it cannot be written; earlier checkpoints stay as they are.
+        """
+        run = Path(super()._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        with staged_checkpoint(run, name, self.accelerator, writes=self.args.should_save) as staged:
+            self.is_saving = True
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.is_saving = False
+            if self.args.should_save:
+                if self.state.best_model_checkpoint == str(staged):
+                    self.state.best_model_checkpoint = str(run / name)
+                    self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
+                (staged / STATE_FILE).write_text(json.dumps(self._own_state(), indent=1) + "\n")
+        if self.args.should_save:
+            limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+            rotate_checkpoints(str(run), limit, best, use_mtime=True)
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(str(run / name))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push nothing yet: the folder still has to get its name."""
+
+    def _own_state(self) -> dict[str, Any]:
+        """Return what a resumed run needs besides the state of `Trainer`."""
+        return {
+            "samples": int(self.samples_before[self.state.global_step]),
+            "alpha_factor": self.alpha_factor,
+            "watch": self.watch.state(),
+        }
+
+    def _init_training_state(
+        self, max_steps: int, num_steps: int, num_epochs: int, resume_from_checkpoint: str | None, trial: Any
+    ) -> tuple[int, int]:
+        """
+        Begin, or go on where a checkpoint was.
+
+        Raises:
+            ValueError: If the batches of this run would have come to another place in the data.
+        """
+        result = super()._init_training_state(max_steps, num_steps, num_epochs, resume_from_checkpoint, trial)
+        file = None if resume_from_checkpoint is None else Path(resume_from_checkpoint) / STATE_FILE
+        if file is not None and file.is_file():
+            state = json.loads(file.read_text())
+            step = self.state.global_step
+            here = int(self.samples_before[min(step, max_steps)])
+            if state["samples"] != here and not self.args.ignore_data_skip:
+                raise ValueError(
+                    f"{resume_from_checkpoint} has seen {state['samples']} samples in {step} steps, but by these "
+                    f"arguments it would be {here}; keep the batch sizes, or set ignore_data_skip"
+                )
+            self.alpha_factor = state["alpha_factor"]
+            if self.alpha_factor != 1 and self.alpha_schedule is None:
+                self.alpha_schedule = PiecewiseLinear.of(self.model.config.embedding_gradient_shrink)
+            self.watch.restore(state["watch"])
+        return result
