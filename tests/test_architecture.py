@@ -82,7 +82,8 @@ def test_kernels_of_triton_are_imported_where_they_are_used():
 
 
 def test_import_needs_no_optional_package():
-    code = f"import sys; sys.modules.update(dict.fromkeys({sorted(OPTIONAL)!r})); import glm_hf, glm_hf.conversion"
+    rooms = "glm_hf, glm_hf.conversion, glm_hf.training"
+    code = f"import sys; sys.modules.update(dict.fromkeys({sorted(OPTIONAL)!r})); import {rooms}"
     subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
 
 
@@ -97,6 +98,9 @@ PUBLIC = {
         "GLMQuantizationConfig", "QuantizedLinear", "dequantize_weight", "pack_int4", "quantize_weight",
         "quantized_linear", "unpack_int4",
     ],
+    "glm_hf.training": [
+        "DataCollatorForBlankInfilling", "GLMTrainer", "GLMTrainingArguments", "shrink_embedding_gradient",
+    ],
 }  # fmt: skip
 
 
@@ -104,6 +108,12 @@ PUBLIC = {
 def test_public_names_are_there(module):
     names = importlib.import_module(module).__all__
     assert set(PUBLIC[module]) <= set(names)
+
+
+WORLD_FACTS = {
+    "LICENSE", "__init__.py", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+    "tokenizer_config.json",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("has_compiler", [True, False])
@@ -132,4 +142,6 @@ def test_wheel_contains_every_room_and_nothing_else(tmp_path, has_compiler):
         package = "glm_hf" if room == "glm_hf" else f"glm_hf/{room}"
         tracked = [Path(name) for name in sources if Path(name).parent == Path(folder) and name.endswith(".py")]
         expected |= {f"{package}/{path.name}" for path in tracked}
+    expected |= {f"glm_hf/world_facts/{name}" for name in WORLD_FACTS}
+    assert sum((ROOT / "examples/world_facts/model" / name).stat().st_size for name in WORLD_FACTS) <= 8_000_000
     assert names == expected

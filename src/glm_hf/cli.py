@@ -10,6 +10,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_fill(commands)
     add_export_hub(commands)
     add_plan(commands)
+    add_train(commands)
     return parser
 
 
@@ -210,8 +212,10 @@ def verify(options: argparse.Namespace) -> None:
 def add_fill(commands: Any) -> None:
     """Add `fill`."""
     command = add_command(commands, "fill", fill, "Fill the blanks of texts, or continue texts without a blank.")
-    command.add_argument("model", help="folder or Hub name of a converted model")
     command.add_argument("text", nargs="*", help="text with [MASK] or [gMASK]; without any, lines are read from stdin")
+    command.add_argument(
+        "--model", metavar="FOLDER", help="folder or Hub name of a model (default: a small one that comes with glm_hf)"
+    )
     command.add_argument("--top-k", type=positive, default=1, metavar="K", help="proposals per blank (default: 1)")
     command.add_argument("--num-beams", type=positive, default=1, metavar="N", help="beams, at least K (default: 1)")
     command.add_argument("--max-new-tokens", type=positive, default=64, metavar="N", help="per blank (default: 64)")
@@ -230,11 +234,12 @@ def fill(options: argparse.Namespace) -> None:
     """Run `fill`."""
     from transformers import pipeline
 
-    if not Path(options.model).is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", options.model):
-        raise FileNotFoundError(f"there is no folder {options.model}, and it is not a Hub name (owner/name)")
     import glm_hf  # noqa: F401, registers model and pipeline
 
-    fill_mask = pipeline("fill-mask", model=options.model, dtype="auto", device_map="auto")
+    model = str(files("glm_hf.world_facts")) if options.model is None else options.model
+    if not Path(model).is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
+        raise FileNotFoundError(f"there is no folder {model}, and it is not a Hub name (owner/name)")
+    fill_mask = pipeline("fill-mask", model=model, dtype="auto", device_map="auto")
     settings = {"top_k": options.top_k, "num_beams": options.num_beams, "max_new_tokens": options.max_new_tokens}
     group_size = 1 if not options.text and sys.stdin.isatty() else TEXTS_AT_ONCE
 
@@ -346,6 +351,21 @@ def plan(options: argparse.Namespace) -> None:
         raise ValueError(f"does not fit: {planned.advice()}")
     if not options.json:
         print(f"\n{planned.usage(options.model or 'FOLDER')}")
+
+
+def add_train(commands: Any) -> None:
+    """Add `train`."""
+    command = add_command(commands, "train", train, "Train a model as a configuration file says.")
+    command.add_argument("config", help="YAML file; examples/training holds some to start from")
+    command.add_argument("--resume", action="store_true", help="go on from the last checkpoint, if there is one")
+    command.add_argument("--output-dir", metavar="FOLDER", help="instead of the one in the file")
+
+
+def train(options: argparse.Namespace) -> None:
+    """Run `train`."""
+    from glm_hf.training.run import RunConfig, train_run
+
+    print(train_run(RunConfig.read(options.config), resume=options.resume, output_dir=options.output_dir))
 
 
 if __name__ == "__main__":

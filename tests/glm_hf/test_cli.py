@@ -35,7 +35,7 @@ def config_file(tmp_path):
 
 
 def test_fill_prints_each_text_filled(run, model_folder):
-    code, out, _ = run("fill", model_folder, TEXT, "the work of", "--max-new-tokens", 4)
+    code, out, _ = run("fill", "--model", model_folder, TEXT, "the work of", "--max-new-tokens", 4)
     fill = pipeline("fill-mask", model=str(model_folder))
     expected = [fill(text, top_k=1, max_new_tokens=4)[0]["sequence"] for text in (TEXT, "the work of")]
     assert (code, out.splitlines()) == (0, expected)
@@ -44,14 +44,14 @@ def test_fill_prints_each_text_filled(run, model_folder):
 def test_fill_reads_lines_from_stdin(run, model_folder, monkeypatch):
     lines = [TEXT, TWO] * 5
     monkeypatch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))
-    code, out, _ = run("fill", model_folder, "--max-new-tokens", 3)
+    code, out, _ = run("fill", "--model", model_folder, "--max-new-tokens", 3)
     assert code == 0
     assert len(out.splitlines()) == 10
     assert out.splitlines()[:2] * 5 == out.splitlines()
 
 
 def test_fill_prints_proposals_with_probabilities(run, model_folder):
-    code, out, _ = run("fill", model_folder, TEXT, "--top-k", 3, "--max-new-tokens", 3)
+    code, out, _ = run("fill", "--model", model_folder, TEXT, "--top-k", 3, "--max-new-tokens", 3)
     assert code == 0
     assert len(out.splitlines()) == 3
     scores = [float(line.split()[0]) for line in out.splitlines()]
@@ -59,7 +59,7 @@ def test_fill_prints_proposals_with_probabilities(run, model_folder):
 
 
 def test_fill_prints_json(run, model_folder):
-    code, out, _ = run("fill", model_folder, TEXT, TWO, "--json", "--num-beams", 2, "--max-new-tokens", 3)
+    code, out, _ = run("fill", "--model", model_folder, TEXT, TWO, "--json", "--num-beams", 2, "--max-new-tokens", 3)
     one, two = map(json.loads, out.splitlines())
     assert code == 0
     assert (one["text"], two["text"]) == (TEXT, TWO)
@@ -78,21 +78,24 @@ def test_fill_prints_json(run, model_folder):
     ],
 )
 def test_bad_text_is_one_line_with_its_number(run, model_folder, text, message):
-    code, out, err = run("fill", model_folder, TEXT, text)
+    code, out, err = run("fill", "--model", model_folder, TEXT, text)
     assert (code, len(out.splitlines())) == (1, 1)  # the good text before it is filled
     assert last_line(err).startswith(f"glm-hf: error: {message}")
 
 
+def test_fill_uses_the_small_model_unless_told_otherwise(run):
+    code, out, _ = run("fill", "The capital of France is [MASK].", "法国的首都是[MASK]。")
+    assert (code, out.splitlines()) == (0, ["The capital of France is Paris.", "法国的首都是巴黎。"])
+
+
 def test_missing_model_is_one_line(run, tmp_path):
-    code, _, err = run("fill", tmp_path / "nothing", TEXT)
+    code, _, err = run("fill", "--model", tmp_path / "nothing", TEXT)
     assert code == 1
     assert err.startswith("glm-hf: error: there is no folder")
     assert len(err.splitlines()) == 1
 
 
-@pytest.mark.parametrize(
-    "arguments", [[], ["fill"], ["fill", "model", "text", "--top-k", "0"], ["unknown"], ["convert", "a"]]
-)
+@pytest.mark.parametrize("arguments", [[], ["train"], ["fill", "text", "--top-k", "0"], ["unknown"], ["convert", "a"]])
 def test_wrong_command_exits_with_two(arguments, capsys):
     with pytest.raises(SystemExit) as exit_info:
         main(arguments)
@@ -100,7 +103,7 @@ def test_wrong_command_exits_with_two(arguments, capsys):
     assert "error:" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [[], ["convert"], ["fill"], ["export-hub"]])
+@pytest.mark.parametrize("command", [[], ["convert"], ["fill"], ["export-hub"], ["train"]])
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as exit_info:
         main([*command, "--help"])
@@ -143,12 +146,12 @@ def test_export_hub_makes_a_folder(run, model_folder, tmp_path):
 def test_bug_keeps_its_traceback(model_folder, monkeypatch):
     monkeypatch.setattr("transformers.pipeline", None)
     with pytest.raises(TypeError):
-        main(["fill", str(model_folder), TEXT])
+        main(["fill", "--model", str(model_folder), TEXT])
 
 
 def test_input_that_is_no_text_is_one_line(run, model_folder, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a \xff\xfe [MASK]\n"), errors="surrogateescape"))
-    code, out, err = run("fill", model_folder)
+    code, out, err = run("fill", "--model", model_folder)
     assert (code, out) == (1, "")
     assert "utf-8" in last_line(err)
 
@@ -157,7 +160,7 @@ def test_damaged_weights_are_one_line(run, model_folder, tmp_path):
     broken = shutil.copytree(model_folder, tmp_path / "broken")
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    code, _, err = run("fill", broken, TEXT)
+    code, _, err = run("fill", "--model", broken, TEXT)
     assert code == 1
     assert last_line(err).startswith("glm-hf: error: ")
 
