@@ -79,8 +79,7 @@ def place_spans(lengths: np.ndarray, count: np.ndarray, span_lengths: np.ndarray
     sample = np.repeat(np.arange(len(lengths)), count)
     covered = np.bincount(sample, span_lengths, minlength=len(lengths)).astype(np.int64)
     num_gaps = lengths - covered + 1  # before, between and behind the tokens that stay
-    order = shuffle_within(num_gaps, keys, PLACE)
-    chosen = np.sort(order[ragged_range(exclusive_sum(num_gaps), count)])  # in one text, then the next
+    chosen = np.sort(draw_within(num_gaps, count, keys, PLACE))  # in one text, then the next
     gap = chosen - np.repeat(exclusive_sum(num_gaps), count)
     before = exclusive_sum(span_lengths)
     before -= np.repeat(exclusive_sum(covered), count)  # tokens of earlier spans of the same text
@@ -107,7 +106,8 @@ def draw_sentence_spans(
     end = np.flatnonzero(ends_sentence)
     start = np.concatenate(([0], end[:-1] + 1))
     sample = np.searchsorted(starts, start, side="right") - 1
-    order = shuffle_within(np.bincount(sample, minlength=len(lengths)), keys, PLACE)
+    sentences = np.bincount(sample, minlength=len(lengths))
+    order = draw_within(sentences, sentences, keys, PLACE)
     length = (end - start + 1)[order]
     covered_before = exclusive_sum(length)
     first = np.searchsorted(sample, np.arange(len(lengths)))  # `order` keeps the texts apart
@@ -129,21 +129,34 @@ def draw_suffixes(lengths: np.ndarray, recipe: InfillingRecipe, keys: np.ndarray
     return Spans(np.arange(len(lengths)), exclusive_sum(lengths) + lengths - length, length)
 
 
-def shuffle_within(counts: np.ndarray, keys: np.ndarray, purpose: np.uint64) -> np.ndarray:
+def draw_within(counts: np.ndarray, wanted: np.ndarray, keys: np.ndarray, purpose: np.uint64) -> np.ndarray:
     """
-    Return indices of ragged parts, each part in random order, part after part.
+    Draw some entries of ragged parts, all equally likely, none twice and in random order.
+
+    Every entry gets random bits, and those with the lowest are taken. Few entries can be among these, by far, and only
+    such are sorted.
 
     Args:
         counts: `(S,)` entries of the parts, below 2^16 each and less than 2^20 parts.
+        wanted: `(S,)` entries to draw from each.
         keys: `(S,)` of the draws.
         purpose: Of the draws.
+
+    Returns:
+        Indices of entries, part after part.
     """
     part = np.repeat(np.arange(len(counts), dtype=np.uint64), counts)
     number = ragged_range(np.zeros_like(counts), counts).astype(np.uint64)
-    random_bits = mix(np.repeat(keys, counts), purpose, number) >> np.uint64(36)
-    packed = part << np.uint64(44) | random_bits << np.uint64(16) | number
-    packed.sort()  # much faster than to sort indices
-    return exclusive_sum(counts)[packed >> np.uint64(44)] + (packed & np.uint64(0xFFFF)).astype(np.int64)
+    random_bits = mix(np.repeat(keys, counts), purpose, number) >> np.uint64(36)  # 28 of them
+    limit = np.minimum((wanted + 6 * np.sqrt(wanted) + 8) / counts, 1) * (1 << 28)
+    is_low = random_bits < np.repeat(limit.astype(np.uint64), counts)
+    low_counts = np.add.reduceat(is_low, exclusive_sum(counts), dtype=np.int64)
+    if (low_counts < wanted).any():
+        is_low[:], low_counts = True, counts
+    packed = part[is_low] << np.uint64(44) | random_bits[is_low] << np.uint64(16) | number[is_low]
+    packed.sort()
+    drawn = packed[ragged_range(exclusive_sum(low_counts), wanted)]
+    return exclusive_sum(counts)[drawn >> np.uint64(44)] + (drawn & np.uint64(0xFFFF)).astype(np.int64)
 
 
 def cut_blanks(

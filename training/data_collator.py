@@ -18,12 +18,12 @@ from glm_hf.training.blanks import (
     cut_blanks,
     draw_sentence_spans,
     draw_suffixes,
+    draw_within,
     draw_word_spans,
     exclusive_sum,
     first_in_each,
     lay_out,
     ragged_range,
-    shuffle_within,
 )
 from glm_hf.training.draws import OBJECTIVE, ORDER, keys_of, uniform
 from glm_hf.training.packing import Row, choose_objectives, cut, next_fit
@@ -136,7 +136,8 @@ class DataCollatorForBlankInfilling:
             spans = draw_sentence_spans(row.lengths, self._ends_sentence[row.tokens], self.recipe, keys)
         else:
             spans = draw_word_spans(row.lengths, self.recipe, keys)
-        order = shuffle_within(np.bincount(spans.sample, minlength=len(keys)), keys, ORDER)
+        count = np.bincount(spans.sample, minlength=len(keys))
+        order = draw_within(count, count, keys, ORDER)
         mask_token_id = getattr(self.config, f"{row.objective}_token_id")
         texts = cut_blanks(row.tokens, row.lengths, spans, mask_token_id, self.config.eos_token_id, order)
         if row.objective == "gmask":

@@ -9,6 +9,7 @@ from glm_hf.training.blanks import (
     cut_blanks,
     draw_sentence_spans,
     draw_suffixes,
+    draw_within,
     draw_word_spans,
     first_in_each,
     lay_out,
@@ -206,3 +207,22 @@ def test_numbers_are_those_of_splitmix64():
     state = np.array([1234567], dtype=np.uint64)
     outputs = [int(mix(state, np.uint64(0), np.array([counter]))[0]) for counter in range(3)]
     assert outputs == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+
+
+def test_entries_are_drawn_without_repetition_and_in_random_order():
+    counts, wanted = np.array([3, 400, 1, 30_000]), np.array([3, 20, 1, 5])
+    seen = []
+    for seed in range(200):
+        drawn = draw_within(counts, wanted, keys(4, seed), np.uint64(0))
+        parts = np.split(drawn, wanted.cumsum()[:-1])
+        for part, count, start in zip(parts, counts, (0, 3, 403, 404), strict=True):
+            assert len(np.unique(part)) == len(part)
+            assert ((start <= part) & (part < start + count)).all()
+        seen.append(tuple(parts[0]))
+    assert len(set(seen)) == 6
+
+
+def test_entries_are_drawn_also_where_too_few_are_low(monkeypatch):
+    everything = draw_within(np.array([50, 60]), np.array([9, 2]), keys(2), np.uint64(0))
+    monkeypatch.setattr("numpy.sqrt", lambda values: -np.asarray(values))
+    assert draw_within(np.array([50, 60]), np.array([9, 2]), keys(2), np.uint64(0)).tolist() == everything.tolist()
