@@ -15,9 +15,10 @@ from tqdm import tqdm
 from glm_hf.configuration_glm import GLMConfig
 from glm_hf.infilling_glm import prepare_context
 from glm_hf.tokenization_glm import GLMTokenizer
-from glm_hf.training.token_file import TokenFile, open_token_file, write_token_file
+from glm_hf.training.token_file import FACTS_FILE, TokenFile, open_token_file, write_token_file
 
 DOCUMENTS_AT_ONCE = 1000
+SPECIAL_IDS = tuple(f"{name}_token_id" for name in ("eos", "mask", "gmask", "smask", "sop", "eop"))
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
@@ -72,14 +73,10 @@ def load_corpus(
     Raises:
         FileNotFoundError: If there are no such files.
         ValueError: If the corpus is empty, a file is not what its name says, a field is missing, an instruction is too
-            long, the corpus was tokenized by another tokenizer, or the tokenizer has more tokens than the model.
+            long, the corpus was tokenized by another tokenizer, or the tokenizer is not that of the model.
     """
-    if len(tokenizer) > config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens, but the vocab_size of the model is {config.vocab_size}; "
-            "use the tokenizer of this model"
-        )
-    if (Path(source.path) / "corpus.json").is_file():
+    require_fitting(tokenizer, config)
+    if (Path(source.path) / FACTS_FILE).is_file():
         corpus = open_token_file(Path(source.path))
         if corpus.facts["tokenizer"] != fingerprint(tokenizer):
             raise ValueError(
@@ -107,6 +104,21 @@ def load_corpus(
     return open_token_file(folder)
 
 
+def require_fitting(tokenizer: GLMTokenizer, config: GLMConfig) -> None:
+    """Raise ValueError if the model has no row for every token, or other special ids than the tokenizer."""
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens, but the vocab_size of the model is {config.vocab_size}; "
+            "use the tokenizer of this model"
+        )
+    for name in SPECIAL_IDS:
+        if getattr(tokenizer, name) != getattr(config, name):
+            raise ValueError(
+                f"the tokenizer has {name} = {getattr(tokenizer, name)}, but the model {getattr(config, name)}; use "
+                "the tokenizer of this model"
+            )
+
+
 def find_files(path: str) -> list[Path]:
     """Return the files of a path, folder or pattern in the order of their names; none for the name of a dataset."""
     is_local = Path(path).exists() or any(letter in path for letter in "*?[") or reader_of(path)
@@ -114,7 +126,7 @@ def find_files(path: str) -> list[Path]:
         return []
     found = [Path(path)] if Path(path).is_file() else [Path(name) for name in glob.glob(path)]
     if Path(path).is_dir():
-        found = [file for file in Path(path).rglob("*") if reader_of(file.name)]
+        found = [file for file in Path(path).rglob("*") if reader_of(file.name) and file.name != FACTS_FILE]
     if not found:
         raise FileNotFoundError(f"there are no corpus files at {path}")
     if unknown := [file for file in found if not reader_of(file.name)]:
@@ -181,8 +193,10 @@ class _Reader:
 
     def _open(self) -> Any:
         """Return the records of the source as they stream in."""
-        from datasets import load_dataset
-
+        try:
+            from datasets import load_dataset
+        except ImportError as error:
+            raise ValueError("corpora are read by the package datasets: pip install datasets") from error
         if not self.files:
             return load_dataset(self.source.path, self.source.name, split=self.source.split, streaming=True)
         names = [glob.escape(str(file)) for file in self.files]  # `load_dataset` takes them for patterns

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+FACTS_FILE = "corpus.json"
 FORMAT = 1
 SMALL_VOCABULARY = 1 << 16
 
@@ -79,7 +80,7 @@ def write_token_file(
         np.save(staged / "boundaries.npy", boundaries)
         counts = {"format": FORMAT, "dtype": dtype.str, "num_tokens": int(boundaries[-1]), "vocab_size": vocab_size}
         text = json.dumps(facts | counts, indent=2, ensure_ascii=False) + "\n"
-        (staged / "corpus.json").write_text(text, encoding="utf-8")
+        (staged / FACTS_FILE).write_text(text, encoding="utf-8")
         if folder.exists():
             shutil.rmtree(folder)
         staged.rename(folder)
@@ -94,10 +95,12 @@ def open_token_file(folder: Path) -> TokenFile:
         ValueError: If the sizes of its files do not fit together.
     """
     try:
-        facts = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
+        facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
         boundaries = np.load(folder / "boundaries.npy", mmap_mode="r")
         dtype, num_tokens = np.dtype(facts["dtype"]), facts["num_tokens"]
         size = (folder / "tokens.bin").stat().st_size
+        if facts["format"] != FORMAT:
+            raise ValueError(f"it has format {facts['format']}, this version reads {FORMAT}; tokenize it again")
     except (EOFError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder} is not a tokenized corpus: {error}") from error
     if size != num_tokens * dtype.itemsize or boundaries[-1] != num_tokens:

@@ -7,6 +7,7 @@ the reason in one line, and 2 if the command itself is wrong.
 import argparse
 import io
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -365,7 +366,9 @@ def train(options: argparse.Namespace) -> None:
     """Run `train`."""
     from glm_hf.training.run import RunConfig, train_run
 
-    print(train_run(RunConfig.read(options.config), resume=options.resume, output_dir=options.output_dir))
+    folder = train_run(RunConfig.read(options.config), resume=options.resume, output_dir=options.output_dir)
+    if os.environ.get("RANK", "0") == "0":
+        print(folder)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Corpora are compared with what SentencePiece makes of their texts, and bad ones end in one clear error."""
 
+import copy
 import gzip
 import json
 import os
@@ -223,9 +224,7 @@ def test_a_corpus_is_tokenized_again_when_something_changed(tokenizer, config, t
 
 def other_tokenizer(tokenizer: GLMTokenizer) -> GLMTokenizer:
     """A tokenizer with one token more, of an id that the model has a row for."""
-    other = GLMTokenizer(
-        tokenizer_object=type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
-    )
+    other = copy.deepcopy(tokenizer)
     other.add_tokens(["wholly new"])
     return other
 
@@ -398,3 +397,12 @@ def config_with(tokenizer: GLMTokenizer, vocab_size: int) -> GLMConfig:
 def test_a_weight_must_be_above_zero(weight):
     with pytest.raises(ValueError, match="the weight of a.jsonl must be above 0, got"):
         CorpusSource("a.jsonl", weight=weight)
+
+
+@pytest.mark.parametrize("name", ["eos", "gmask", "sop"])
+def test_a_tokenizer_with_other_special_ids_is_refused(tmp_path, tokenizer, name):
+    write_texts(tmp_path / "a.jsonl", ["people"])
+    config = config_for(tokenizer)
+    setattr(config, f"{name}_token_id", 3)
+    with pytest.raises(ValueError, match=f"{name}_token_id = .*, but the model 3; use the tokenizer of this model"):
+        load_corpus(CorpusSource(str(tmp_path / "a.jsonl")), tokenizer, config, tmp_path / "cache", 64)

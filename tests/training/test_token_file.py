@@ -202,3 +202,11 @@ def test_a_damaged_corpus_json_is_an_error(folder, content):
     (folder / "corpus.json").write_text(content)
     with pytest.raises(ValueError, match="corpus is not a tokenized corpus: "):
         open_token_file(folder)
+
+
+def test_a_folder_of_another_format_is_refused(folder):
+    written(folder)
+    facts = json.loads((folder / "corpus.json").read_text())
+    (folder / "corpus.json").write_text(json.dumps(facts | {"format": 2}))
+    with pytest.raises(ValueError, match="has format 2, this version reads 1; tokenize it again"):
+        open_token_file(folder)
