@@ -34,7 +34,7 @@ class GLMTrainingArguments(TrainingArguments):
         divergence_action: What happens where the loss or the gradient is not finite, or the gradient of the embedding
             leaps: `skip` the step; `lower_alpha` by half from then on, and skip the step if something is not finite;
             `stop`, with the samples written to divergence.json; `none` only logs. Overflows of the fp16 loss scale are
-            none of this.
+            none of this. DeepSpeed cannot skip a step: it stops where something is not finite.
         spike_threshold: How many times the median of the last 100 norms of the embedding's gradient a leap is.
         peak_tflops: What a device can do at the precision of the run, in 10^12 operations per second, to log the
             model FLOPs utilization; by default known for some GPUs.

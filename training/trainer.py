@@ -85,6 +85,8 @@ class GLMTrainer(Trainer):
                 f"samples share rows, in which {adapter.peft_type.value} has no place for a prompt of each; use "
                 "PREFIX_TUNING (P-tuning v2) or LORA"
             )
+        if self.is_deepspeed_enabled and args.divergence_action == "skip":
+            raise ValueError("DeepSpeed cannot leave out an update; set divergence_action to stop or lower_alpha")
         shrink = args.embedding_gradient_shrink
         self.alpha_schedule = None if shrink is None else PiecewiseLinear.of(shrink)
         self.alpha_factor = 1.0
@@ -244,9 +246,11 @@ class GLMTrainer(Trainer):
         reason = self.watch.observe(loss, grad_norm, embedding_norm)
         if reason is None:
             return
-        action = self.args.divergence_action
+        action, step = self.args.divergence_action, self.state.global_step + 1
+        is_finite = math.isfinite(loss + grad_norm + (embedding_norm or 0))
+        if self.is_deepspeed_enabled and not is_finite:
+            action = "stop"  # its update can neither be left out nor made
         file = self._record_divergence(reason, action)
-        step = self.state.global_step + 1
         if action == "stop":
             self.model.zero_grad(set_to_none=True)
             raise DivergenceError(
@@ -257,21 +261,14 @@ class GLMTrainer(Trainer):
             self.alpha_factor /= 2
             if self.alpha_schedule is None:
                 self.alpha_schedule = PiecewiseLinear.of(self.model.config.embedding_gradient_shrink)
-        is_finite = math.isfinite(loss + grad_norm + (embedding_norm or 0))
         if action == "skip" or not is_finite:
-            self._drop_gradients()
+            self.model.zero_grad(set_to_none=True)  # so that the update changes nothing
         logger.warning(f"step {step}: {reason}; {action.replace('_', ' ')}")
-
-    def _drop_gradients(self) -> None:
-        """Let the update change nothing."""
-        if self.is_deepspeed_enabled:
-            raise ValueError("DeepSpeed cannot skip a step; use divergence_action stop or none")
-        for parameter in self.model.parameters():
-            parameter.grad = None
 
     def _record_divergence(self, reason: str, action: str) -> Path:
         """Append step, reason and samples to divergence.json, the samples of the highest losses first."""
-        ids, losses = (self.accelerator.gather(torch.cat(part)) for part in zip(*self.meter.rows, strict=True))
+        rows = self.meter.rows or [(torch.empty(0, dtype=torch.int64), torch.empty(0))]  # samples without an id
+        ids, losses = (self.accelerator.gather(torch.cat(part)) for part in zip(*rows, strict=True))
         order = torch.argsort(torch.nan_to_num(losses, nan=torch.inf), descending=True)
         has_origin = isinstance(self.train_dataset, BlankInfillingDataset)
         samples = [

@@ -8,6 +8,8 @@ import torch
 from forked import run_ranks, start, wait
 from small_runs import losses, make_trainer
 
+from glm_hf.training import DivergenceError
+
 EXAMPLES = Path(__file__).parents[2] / "examples" / "training"
 SETTINGS = {"max_steps": 5, "per_device_train_batch_size": 2, "embedding_gradient_shrink": 0.3}
 
@@ -115,3 +117,28 @@ def test_ranks_agree_to_skip_and_stop(model_folder, tmp_path):
     [event] = json.loads((tmp_path / "run" / "divergence.json").read_text())
     assert (event["step"], event["action"]) == (3, "skip")
     assert len({sample["sample"] for sample in event["samples"]}) == 8
+
+
+def test_zero_stops_before_the_update_and_cannot_skip(model_folder, tmp_path):
+    pytest.importorskip("deepspeed")
+
+    def rank_main(rank: int):
+        prepare_deepspeed()
+        options = SETTINGS | {"deepspeed": zero(2)}
+        with pytest.raises(ValueError, match="DeepSpeed cannot leave out an update"):
+            make_trainer(model_folder, tmp_path / "run", **options, divergence_action="skip")
+        trainer = make_trainer(model_folder, tmp_path / "run", **options, divergence_action="lower_alpha")
+        measure = trainer.compute_loss
+
+        def overflow(*args, **kwargs):
+            loss = measure(*args, **kwargs)
+            return loss * torch.nan if rank == 0 and trainer.state.global_step == 2 else loss
+
+        trainer.compute_loss = overflow
+        with pytest.raises(DivergenceError, match="before the update of step 3: the loss is nan"):
+            trainer.train()
+        return all(bool(torch.isfinite(parameter).all()) for parameter in trainer.model.parameters())
+
+    assert run_ranks(rank_main, 2, tmp_path) == [True, True]
+    [event] = json.loads((tmp_path / "run" / "divergence.json").read_text())
+    assert (event["step"], event["action"]) == (3, "stop")

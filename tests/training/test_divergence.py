@@ -196,3 +196,16 @@ def test_a_watch_tells_leaps_only_with_some_history():
     again = DivergenceWatch(4.0)
     again.restore(json.loads(json.dumps(watch.state())))
     assert again.norms == watch.norms
+
+
+def test_an_overflow_of_the_loss_scale_is_no_divergence(model_folder, tmp_path):
+    trainer = make_trainer(model_folder, tmp_path)
+    trainer.accelerator.scaler = object()
+    trainer.step_loss, trainer.embedding_norm = torch.tensor(2.0), torch.tensor(math.inf)
+    trainer._check_step(math.inf)
+    trainer.embedding_norm = torch.tensor(1.0)
+    trainer._check_step(math.nan)
+    assert not trainer.watch.norms
+    trainer.step_loss = torch.tensor(math.nan)
+    with pytest.raises(DivergenceError, match="the loss is nan"):
+        trainer._check_step(math.inf)
