@@ -58,7 +58,7 @@ class CorpusSource:
 
 
 def load_corpus(
-    source: CorpusSource, tokenizer: GLMTokenizer, config: GLMConfig, cache: Path, row_length: int
+    source: CorpusSource, tokenizer: GLMTokenizer, config: GLMConfig, cache: str | Path, row_length: int
 ) -> TokenFile:
     """
     Open a corpus, tokenizing it unless that was done before.
@@ -93,10 +93,10 @@ def load_corpus(
         "files": [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files],
     }
     digest = hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:16]
-    folder = cache / f"{Path(source.path).name.replace('*', '')}-{digest}"
+    folder = Path(cache) / f"{Path(source.path).name.replace('*', '')}-{digest}"
     if not folder.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache / ".lock"):  # of several processes, one tokenizes and the others wait
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.parent / ".lock"):  # of several processes, one tokenizes and the others wait
             if not folder.exists():
                 reader = _Reader(source, files, tokenizer, config, row_length)
                 facts = {"kind": reader.kind, "source": source.path, "tokenizer": fingerprint(tokenizer)}

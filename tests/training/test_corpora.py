@@ -29,11 +29,11 @@ def config(tokenizer) -> GLMConfig:
 
 @pytest.fixture
 def load(tokenizer, config, tmp_path):
-    """Return a function that opens a corpus with the cache in `tmp_path / "cache"`."""
+    """Return a function that opens a corpus with the cache in `tmp_path / "cache"`, given as a string."""
 
     def load(path: object, row_length: int = ROW_LENGTH, **fields: object) -> TokenFile:
         source = CorpusSource(str(path), **fields)
-        return load_corpus(source, tokenizer, config, tmp_path / "cache", row_length)
+        return load_corpus(source, tokenizer, config, str(tmp_path / "cache"), row_length)
 
     return load
 
