@@ -35,7 +35,7 @@ from glm_hf.training.meters import LossMeter
 from glm_hf.training.mixture import BlankInfillingDataset
 from glm_hf.training.schedules import BatchSchedule, LearningRateSchedule, PiecewiseLinear, parse_ranges
 from glm_hf.training.throughput import flops_per_token, peak_tflops
-from glm_hf.training.zero import DeferredStep, full_gradient
+from glm_hf.training.zero import DeferredStep, gradient_norm
 
 STATE_FILE = "glm_training_state.json"
 
@@ -221,11 +221,12 @@ class GLMTrainer(Trainer):
         weight = self.model.get_input_embeddings().weight
         if not weight.requires_grad:
             return None
-        gradient = full_gradient(weight) if self.is_deepspeed_enabled else weight.grad
-        if gradient is None:
+        if self.is_deepspeed_enabled:
+            return gradient_norm(weight)
+        if weight.grad is None:
             return None
         scale = 1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()
-        return gradient.float().norm() / scale
+        return weight.grad.float().norm() / scale
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Return the norm of the gradient, after a look at whether the update may be made."""

@@ -16,8 +16,18 @@ class DeferredStep(DeepSpeedEngineWrapper):
         self.engine.backward(loss, **kwargs)
 
 
-def full_gradient(parameter: nn.Parameter) -> torch.Tensor | None:
-    """Return the whole gradient of a parameter whose gradient is cut over the processes; all of them must ask."""
-    from deepspeed.utils import safe_get_full_grad
+def gradient_norm(parameter: nn.Parameter) -> torch.Tensor | None:
+    """
+    Return the norm of a gradient that is cut over the processes, all of which must ask; None if there is none.
 
-    return safe_get_full_grad(parameter)
+    In stage 3 no process ever holds the whole gradient, which is 7 GB for the embedding of GLM-130B.
+    """
+    from deepspeed import comm
+    from deepspeed.utils import safe_get_full_grad, safe_get_local_grad
+
+    if not hasattr(parameter, "ds_id"):
+        gradient = safe_get_full_grad(parameter)
+        return None if gradient is None else gradient.float().norm()
+    total = safe_get_local_grad(parameter).float().square().sum()
+    comm.all_reduce(total)
+    return total.sqrt()
