@@ -115,16 +115,17 @@ class DataCollatorForBlankInfilling:
         """
         samples_per_row = np.array([len(row.lengths) for row in rows])
         numbers = ragged_range(np.zeros_like(samples_per_row), samples_per_row)
-        row = Row(
+        joined = Row(
             rows[0].objective,
             *(np.concatenate([getattr(row, name) for row in rows]) for name in ("tokens", "lengths", "is_end")),
             sample_id=-1,
         )
-        if row.objective == "instruction":
-            texts = self._read_instructions(row)
+        if joined.objective == "instruction":
+            texts = self._read_instructions(joined)
         else:
             sample_ids = np.repeat([row.sample_id for row in rows], samples_per_row)
-            texts = self._cut_blanks(row, keys_of(self.seed, sample_ids, numbers))
+            before = np.repeat([row.samples_before for row in rows], samples_per_row)
+            texts = self._cut_blanks(joined, keys_of(self.seed, sample_ids, before + numbers))
         parts, sample_lengths = lay_out(texts, numbers, self.config.sop_token_id, self.config.eop_token_id)
         return parts, np.add.reduceat(sample_lengths, exclusive_sum(samples_per_row))
 
@@ -184,6 +185,7 @@ class DataCollatorForBlankInfilling:
                 lengths[a:b],
                 is_end[a:b],
                 sample_id,
+                samples_before=int(a),
             )
             for a, b in pairwise(first)
         ]

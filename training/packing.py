@@ -28,6 +28,8 @@ class Row:
     """`(S,)` whether a text ends where its document does."""
     sample_id: int
     """Keys the draws of its blanks."""
+    samples_before: int = 0
+    """Texts of the same `sample_id` in earlier rows."""
 
 
 def next_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:

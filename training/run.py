@@ -1,6 +1,7 @@
 """A training run from a file: `glm-hf train config.yaml`."""
 
 import dataclasses
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ class RunConfig:
             ValueError: If it is no YAML, or has unknown or missing sections or keys.
         """
         try:
-            content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+            content = yaml.load(Path(file).read_text(encoding="utf-8"), Loader=_Loader)  # a SafeLoader
         except yaml.YAMLError as error:
             raise ValueError(f"{file} is not YAML: {error}") from error
         if not isinstance(content, dict) or not all(isinstance(part, dict) for part in content.values()):
@@ -64,9 +65,19 @@ class RunConfig:
         require_known(content, SECTIONS, f"sections of {file}")
         require_known(content.get("model", {}), MODEL_KEYS, "keys of model")
         require_known(content.get("data", {}), DATA_KEYS, "keys of data")
-        if "train" not in content.get("data", {}) or not {"path", "config"} & content.get("model", {}).keys():
-            raise ValueError(f"{file} needs data: train, and model: path or config")
+        model, data = content.get("model", {}), content.get("data", {})
+        if not isinstance(data.get("train"), list) or not ("path" in model or {"config", "tokenizer"} <= model.keys()):
+            raise ValueError(f"{file} needs data: train, a list, and model: path, or config and tokenizer")
         return cls(**{name: content.get(name, {}) for name in SECTIONS})
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads `1e-4` as a number, as JSON and everybody does; YAML 1.1 takes it for text without a point."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
 
 
 def require_known(given: dict[str, Any], known: tuple[str, ...], what: str) -> None:
@@ -77,8 +88,17 @@ def require_known(given: dict[str, Any], known: tuple[str, ...], what: str) -> N
 
 def fields_of(kind: type, given: dict[str, Any], what: str) -> Any:
     """Return a dataclass of the given fields; ValueError if one is unknown."""
-    require_known(given, tuple(field.name for field in dataclasses.fields(kind) if field.init), what)
-    return kind(**given)
+    if not isinstance(given, dict):
+        raise ValueError(f"{what} must stand with their values, got {given!r}")
+    fields = {field.name: field.type for field in dataclasses.fields(kind) if field.init}
+    require_known(given, tuple(fields), what)
+    for name, value in given.items():
+        if fields[name] in (int, float, "int", "float") and not isinstance(value, (int, float)):
+            raise ValueError(f"{name} must be a number, got {value!r}")
+    try:
+        return kind(**given)
+    except TypeError as error:  # of a field that is missing, or of another type
+        raise ValueError(f"{what}: {error}") from error
 
 
 def train_run(run: RunConfig, *, resume: bool = False, output_dir: str | None = None) -> str:
@@ -142,6 +162,7 @@ def build_trainer(run: RunConfig) -> GLMTrainer:
 def load_model(settings: dict[str, Any], tokenizer: GLMTokenizer, args: GLMTrainingArguments) -> Any:
     """Return the model of a configuration: loaded from `path`, or new with the sizes of `config`."""
     options = dict(settings.get("overrides", {}))
+    require_known(options, tuple(GLMConfig().to_dict()), "keys of overrides")
     if "attn_implementation" in settings:
         options["attn_implementation"] = settings["attn_implementation"]
     if "path" not in settings:
@@ -153,7 +174,10 @@ def load_model(settings: dict[str, Any], tokenizer: GLMTokenizer, args: GLMTrain
     if "quantization" in settings:
         from glm_hf import GLMQuantizationConfig
 
-        options["quantization_config"] = GLMQuantizationConfig(**settings["quantization"])
+        try:
+            options["quantization_config"] = GLMQuantizationConfig(**settings["quantization"])
+        except TypeError as error:
+            raise ValueError(f"keys of quantization: {error}") from error
     return GLMForBlankInfilling.from_pretrained(settings["path"], dtype=settings.get("dtype", "float32"), **options)
 
 

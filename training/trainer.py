@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
@@ -268,13 +269,12 @@ class GLMTrainer(Trainer):
 
     def _record_divergence(self, reason: str, action: str) -> Path:
         """Append step, reason and samples to divergence.json, the samples of the highest losses first."""
-        rows = self.meter.rows or [(torch.empty(0, dtype=torch.int64), torch.empty(0))]  # samples without an id
-        ids, losses = (self.accelerator.gather(torch.cat(part)) for part in zip(*rows, strict=True))
-        order = torch.argsort(torch.nan_to_num(losses, nan=torch.inf), descending=True)
+        rows = [row for piece in self.meter.rows for row in zip(*(values.tolist() for values in piece), strict=True)]
+        rows = sorted(gather_object(rows), key=lambda row: row[1] if math.isfinite(row[1]) else math.inf, reverse=True)
         has_origin = isinstance(self.train_dataset, BlankInfillingDataset)
         samples = [
             {"sample": sample, "loss": loss, **(self.train_dataset.origin(sample) if has_origin else {})}
-            for sample, loss in zip(ids[order].tolist(), losses[order].tolist(), strict=True)
+            for sample, loss in rows
         ]
         file = Path(self.args.output_dir) / DIVERGENCE_FILE
         if self.is_world_process_zero():

@@ -226,3 +226,10 @@ def test_entries_are_drawn_also_where_too_few_are_low(monkeypatch):
     everything = draw_within(np.array([50, 60]), np.array([9, 2]), keys(2), np.uint64(0))
     monkeypatch.setattr("numpy.sqrt", lambda values: -np.asarray(values))
     assert draw_within(np.array([50, 60]), np.array([9, 2]), keys(2), np.uint64(0)).tolist() == everything.tolist()
+
+
+def test_seeds_of_all_sizes_have_draws_of_their_own():
+    one = np.ones(1, dtype=np.uint64)
+    keys = [int(keys_of(seed, one, one)[0]) for seed in (-1, 0, 1, 2**63)]
+    assert len({*keys}) == 4
+    assert keys[0] == int(keys_of(2**64 - 1, one, one)[0])

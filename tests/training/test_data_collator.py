@@ -1,5 +1,7 @@
 """What the collator returns: hand-written rows, statistics of the recipe, and what a model makes of it."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -260,3 +262,71 @@ def test_sentences_end_at_full_stops_of_both_languages(tokenizer):
     for text in ("It is so.", "天下。", "你好！"):
         assert tokenizer(text)["input_ids"][-1] in ends
     assert tokenizer("and so")["input_ids"][-1] not in ends
+
+
+def test_an_instruction_that_just_fits_a_row_is_taken():
+    batch = DataCollatorForBlankInfilling(CONFIG, SMALL)([{"inputs": [3] * 54, "targets": [4] * 8}])
+    assert batch["input_ids"].shape == (1, 64)  # 54, [gMASK], sop and 8 targets
+    with pytest.raises(ValueError, match="do not fit a row of 64"):
+        DataCollatorForBlankInfilling(CONFIG, SMALL)([{"inputs": [3] * 55, "targets": [4] * 8}])
+
+
+@pytest.mark.parametrize("mask", [CONFIG.mask_token_id, CONFIG.smask_token_id])
+def test_targets_stand_at_the_first_mask_of_an_instruction(mask):
+    batch = collator()([{"inputs": [7, 8, mask, 9], "targets": [10, 11]}])
+    after_sop = batch["input_ids"][0].tolist().index(CONFIG.sop_token_id)
+    assert batch["position_ids"][0, after_sop:].tolist() == [2, 2, 2]
+
+
+def test_origins_of_instructions_and_texts_are_returned():
+    features = [{"inputs": [11], "targets": [12], "sample_id": 7}, {"input_ids": [7, 8], "sample_id": 9}]
+    batch = DataCollatorForBlankInfilling(CONFIG, SMALL, with_origin=True)(features)
+    assert batch["sample_ids"].tolist() == [7, 9]
+    assert batch["objectives"][0] == 3
+
+
+def test_samples_of_one_row_have_blanks_of_their_own():
+    batch = collator()([text_row("mask", [20, 20], sample_id=n) for n in range(20)])
+    places = [
+        [
+            [i for i, token in enumerate(sample["input_ids"]) if token == CONFIG.mask_token_id]
+            for sample in split(batch, n)
+        ]
+        for n in range(20)
+    ]
+    assert sum(first == second for first, second in places) < 5
+
+
+def test_texts_without_sample_id_have_blanks_of_their_own():
+    texts = [{"input_ids": [*range(n, n + 20)]} for n in range(1, 41)]
+    lengths = (collator(mask_probability=0.0)(texts)["shift_labels"] != -100).sum(1)
+    assert len({*lengths.tolist()}) > 5
+
+
+def test_seeds_give_texts_other_objectives():
+    texts = [{"input_ids": [*range(1, 30)], "sample_id": n} for n in range(100)]
+    first, second = (
+        DataCollatorForBlankInfilling(CONFIG, SMALL, seed=seed, with_origin=True)(texts)["objectives"]
+        for seed in (0, 1)
+    )
+    assert not torch.equal(first, second)
+
+
+def test_only_the_last_part_of_a_long_text_has_an_end():
+    labels = collator(mask_probability=0.0)([{"input_ids": [30] * 150}])["shift_labels"]
+    assert (labels == CONFIG.eop_token_id).sum(1).tolist() == [0, 0, 1]
+
+
+def test_a_sentence_may_end_inside_quotes():
+    vocabulary = {"so": 3, "so.": 4, 'so."': 5, "好。”": 6, '"': 7, "<n>": 8}
+    assert sentence_ends(SimpleNamespace(get_vocab=lambda: vocabulary)) == [4, 5, 6, 8]
+
+
+@pytest.mark.parametrize("mask_probability", [0.0, 1.0])
+def test_rows_of_one_long_text_have_draws_of_their_own(mask_probability):
+    tokens = [*range(3, 123)] * 2
+    batches = [collator(mask_probability=mask_probability)([{"input_ids": tokens, "sample_id": n}]) for n in range(4)]
+    for batch in batches:
+        blanks = [(row != -100).nonzero().flatten().tolist() for row in batch["shift_labels"]]
+        assert len(blanks) > 2
+        assert len({str(places) for places in blanks}) == len(blanks)

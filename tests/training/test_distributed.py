@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from forked import run_ranks, start, wait
-from small_runs import losses, make_trainer
+from small_runs import Texts, losses, make_trainer
 
 from glm_hf.training import DivergenceError
 
@@ -142,3 +142,43 @@ def test_zero_stops_before_the_update_and_cannot_skip(model_folder, tmp_path):
     assert run_ranks(rank_main, 2, tmp_path) == [True, True]
     [event] = json.loads((tmp_path / "run" / "divergence.json").read_text())
     assert (event["step"], event["action"]) == (3, "stop")
+
+
+def test_the_utilization_is_of_all_devices(model_folder, tmp_path):
+    def rank_main(rank: int):
+        trainer = make_trainer(model_folder, tmp_path / "run", max_steps=1, peak_tflops=0.001)
+        trainer.train()
+        return trainer.flops_per_token, trainer.state.log_history[0]
+
+    for flops, log in run_ranks(rank_main, 2, tmp_path):
+        assert log["mfu"] == pytest.approx(flops * log["tokens_per_second"] / (2 * 1e9))
+
+
+def test_every_process_takes_pieces_of_the_size_per_device(model_folder, tmp_path):
+    def rank_main(rank: int) -> list[int]:
+        trainer = make_trainer(model_folder, tmp_path / "run", **(SETTINGS | {"max_steps": 1}))
+        trainer.train()
+        return [len(sample_ids) for sample_ids, _ in trainer.meter.rows]
+
+    assert run_ranks(rank_main, 2, tmp_path) == [[2, 2], [2, 2]]  # of a global batch of 8
+
+
+def test_ranks_with_different_numbers_of_rows_act_together(model_folder, tmp_path):
+    """One text fills several rows, so that its rank has more of them."""
+
+    class OneLong(Texts):
+        def __getitem__(self, number: int) -> dict:
+            return {"input_ids": [*range(30, 130)]} if number == 11 else super().__getitem__(number)
+
+    def rank_main(rank: int) -> int:
+        settings = SETTINGS | {"max_steps": 3, "divergence_action": "skip"}
+        trainer = make_trainer(model_folder, tmp_path / "run", data=OneLong(), **settings)
+        measure = trainer.compute_loss
+        trainer.compute_loss = lambda *args, **kwargs: measure(*args, **kwargs) * torch.nan
+        trainer.train()
+        return trainer.state.global_step
+
+    assert run_ranks(rank_main, 2, tmp_path) == [3, 3]
+    events = json.loads((tmp_path / "run" / "divergence.json").read_text())
+    assert [event["step"] for event in events] == [1, 2, 3]
+    assert max(len(event["samples"]) for event in events) > 8

@@ -3,13 +3,15 @@
 import copy
 import json
 import math
+from itertools import pairwise
 
 import pytest
 import torch
+from forked import start, wait
 from small_runs import Texts, losses, make_trainer
 
 from glm_hf.training import DivergenceError
-from glm_hf.training.divergence import LEAST_HISTORY, DivergenceWatch
+from glm_hf.training.divergence import LEAST_HISTORY, WINDOW, DivergenceWatch
 
 POISON = 7  # no other text holds it
 
@@ -68,6 +70,7 @@ def test_stop_ends_training_before_the_update_and_names_the_samples(model_folder
     clean.train_dataset = Poisoned()
     history = losses(trainer)
     assert len(history) == step - 1
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
     assert is_same(weights(trainer), stopped_after(model_folder, tmp_path / "clean", step - 1))
     [event] = events(tmp_path)
     assert (event["step"], event["action"]) == (step, "stop")
@@ -209,3 +212,77 @@ def test_an_overflow_of_the_loss_scale_is_no_divergence(model_folder, tmp_path):
     trainer.step_loss = torch.tensor(math.nan)
     with pytest.raises(DivergenceError, match="the loss is nan"):
         trainer._check_step(math.inf)
+
+
+def fp16_run(model_folder, folder, init_scale: float, *, breaks: bool = False, **changes):
+    """A run whose losses are scaled as on a GPU in fp16; returns its logs, or the message of its end."""
+    trainer = make_trainer(model_folder, folder, divergence_action="stop", **changes)
+    trainer.accelerator.state._mixed_precision, trainer.accelerator.native_amp = "fp16", True
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=init_scale)
+    if breaks:
+        compute_loss = trainer.compute_loss
+        trainer.compute_loss = lambda *args, **kwargs: compute_loss(*args, **kwargs) * torch.nan
+    try:
+        trainer.train()
+    except DivergenceError as error:
+        return str(error)
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def in_child(function, folder):
+    """What a function returns that leaves the state of accelerate in disorder."""
+    return wait(start(function, folder / "result"), folder / "result")
+
+
+def test_a_loss_scale_does_not_show_in_the_norm_of_the_embedding(model_folder, tmp_path):
+    plain = make_trainer(model_folder, tmp_path, max_steps=1)
+    plain.train()
+    [scaled] = in_child(lambda: fp16_run(model_folder, tmp_path, 64.0, max_steps=1), tmp_path)
+    expected = plain.state.log_history[0]["embedding_grad_norm"]
+    assert scaled["embedding_grad_norm"] == pytest.approx(expected, rel=0.02)  # of half precision
+
+
+def test_gradients_that_overflow_in_half_precision_are_no_divergence(model_folder, tmp_path):
+    logs = in_child(lambda: fp16_run(model_folder, tmp_path / "run", 2.0**40, max_steps=3), tmp_path)
+    assert not math.isfinite(logs[0]["grad_norm"])
+    assert len(logs) == 3
+    assert not (tmp_path / "run" / "divergence.json").exists()
+
+
+def test_a_loss_that_is_nan_is_a_divergence_under_a_loss_scale_too(model_folder, tmp_path):
+    message = in_child(lambda: fp16_run(model_folder, tmp_path / "run", 64.0, breaks=True), tmp_path)
+    assert "before the update of step 1: the loss is nan" in message
+
+
+def test_a_watch_compares_with_the_median_of_the_last_norms():
+    watch = DivergenceWatch(spike_threshold=4.0)
+    for norm in [1.0] * 15 + [3.9] * 10:
+        assert watch.observe(2.0, 1.0, norm) is None
+    assert watch.observe(2.0, 1.0, 4.1) is not None  # 4 times the mean is 8.6
+    watch = DivergenceWatch(spike_threshold=4.0)
+    watch.restore({"norms": [1.0] * WINDOW})
+    for _ in range(WINDOW):
+        assert watch.observe(2.0, 1.0, 3.0) is None
+    assert watch.observe(2.0, 1.0, 11.0) is None  # the norms of 1 are forgotten
+    assert len(watch.norms) == WINDOW
+
+
+def test_lower_alpha_updates_where_all_is_finite(model_folder, tmp_path):
+    from transformers import TrainerCallback
+
+    seen = []
+
+    class Keep(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.append(weights(trainer))
+
+    settings = {"divergence_action": "lower_alpha", "spike_threshold": 10.0, "max_steps": 6, "callbacks": [Keep]}
+    trainer = poisoned_trainer(model_folder, tmp_path, leap=1e4, **settings)
+    trainer.watch.norms.extend([1.0] * LEAST_HISTORY)
+    trainer.train()
+    assert events(tmp_path)
+    assert not any(is_same(old, new) for old, new in pairwise(seen))
+
+
+def test_the_threshold_of_a_leap_is_that_of_the_arguments(model_folder, tmp_path):
+    assert make_trainer(model_folder, tmp_path, spike_threshold=3.0).watch.spike_threshold == 3.0

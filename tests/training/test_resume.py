@@ -13,6 +13,7 @@ import pytest
 import torch
 from forked import start, wait
 from small_runs import Texts, losses, make_trainer
+from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from glm_hf.training import checkpoints
@@ -197,6 +198,7 @@ def test_only_the_newest_checkpoints_are_kept(model_folder, tmp_path):
     trainer = make_trainer(model_folder, tmp_path, save_total_limit=2, **SETTINGS)
     trainer.train()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-5", "checkpoint-6"]
+    assert trainer._get_output_dir(None) == str(tmp_path)  # no longer the folder of half-written ones
 
 
 def test_the_best_checkpoint_is_known_by_its_own_name(model_folder, tmp_path):
@@ -209,3 +211,34 @@ def test_the_best_checkpoint_is_known_by_its_own_name(model_folder, tmp_path):
     assert best.is_dir()
     stored = json.loads((best / "trainer_state.json").read_text())["best_model_checkpoint"]
     assert stored == str(best)
+
+
+def test_pushed_checkpoints_have_their_name_and_are_whole(model_folder, tmp_path, monkeypatch):
+    pushed = []
+    monkeypatch.setattr(
+        Trainer, "_push_from_checkpoint", lambda self, folder: pushed.append((folder, Path(folder).is_dir()))
+    )
+    trainer = make_trainer(model_folder, tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
+    trainer.args.push_to_hub = True
+    monkeypatch.setattr(trainer, "push_to_hub", lambda *args, **kwargs: None)
+    trainer._finish_current_push = lambda: None
+    trainer.train()
+    assert pushed == [(str(tmp_path / f"checkpoint-{step}"), True) for step in (1, 2)]
+
+
+def test_other_batch_sizes_are_taken_where_no_data_is_skipped(model_folder, tmp_path):
+    make_trainer(model_folder, tmp_path, **{**SETTINGS, "max_steps": 3, "save_steps": 3}).train()
+    trainer = make_trainer(model_folder, tmp_path, global_batch_size=4, ignore_data_skip=True, **SETTINGS)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert len(losses(trainer)) == 6
+
+
+def test_an_alpha_lowered_from_the_models_own_goes_on(model_folder, tmp_path):
+    settings = {**SETTINGS, "divergence_action": "lower_alpha", "save_steps": 6}
+    first = make_trainer(model_folder, tmp_path, **settings)
+    first.alpha_factor = 0.25
+    first.train()
+    again = make_trainer(model_folder, tmp_path, **{**settings, "max_steps": 7})
+    again.model.config.embedding_gradient_shrink = 0.8
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert again.model.config.embedding_gradient_shrink == pytest.approx(0.2)

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -193,6 +194,14 @@ def change(settings: dict, path: str, value: object) -> None:
         ("training.global_batch_size", 0, "batches must grow"),
         ("data.instruction_share", [[5, 0.1], [1, 0.2]], "growing places"),
         ("data.instruction_share", 1.5, r"instruction_share must lie in"),
+        ("data.train", None, "needs data: train, a list"),
+        ("data.train", [{}], "keys of a corpus: "),
+        ("data.recipe", 3, "keys of recipe must stand with their values"),
+        ("training.learning_rate", "abc", "learning_rate must be a number, got 'abc'"),
+        ("peft", {"type": "LORA", "r": "x"}, "r must be a number, got 'x'"),
+        ("model.quantization", {"bitz": 4}, "keys of quantization: "),
+        ("model.overrides", {"hiden_dropout": 0.1}, "keys of overrides are"),
+        ("model", {"config": {"hidden_size": 16}}, "config and tokenizer"),
     ],
 )
 def test_a_wrong_configuration_is_one_line(settings, tmp_path, capsys, path, value, message):
@@ -232,3 +241,55 @@ def nan_loss(compute_loss):
 
 def test_train_run_needs_no_command(settings, tmp_path):
     assert train_run(RunConfig.read(write(settings, tmp_path))) == str(tmp_path / "run")
+
+
+def test_weights_and_kinds_of_every_corpus_arrive(settings, tmp_path, corpus):
+    texts = [
+        {"path": str(corpus / "text.jsonl"), "join_documents": join, "weight": 1 + join} for join in (False, True)
+    ]
+    settings["data"] |= {"train": texts, "eval": texts[:1]}
+    settings["training"]["seed"] = 7
+    trainer = build_trainer(RunConfig.read(write(settings, tmp_path)))
+    assert trainer.train_dataset.weights.tolist() == [1, 2]
+    assert [rows.join_documents for rows in trainer.train_dataset.rows] == [False, True]
+    assert [rows.seed for rows in trainer.train_dataset.rows] == [(7, 0), (7, 1)]
+    assert trainer.data_collator.seed == 7
+    assert len(trainer.eval_dataset.rows) == 1
+
+
+def test_instructions_are_five_percent_by_default(settings, tmp_path, corpus):
+    settings["data"]["train"] += [{"path": str(corpus / "instructions.jsonl")}]
+    dataset = build_trainer(RunConfig.read(write(settings, tmp_path))).train_dataset
+    assert dataset.instruction_share(np.array([0, 10**6])).tolist() == [0.05, 0.05]
+
+
+def test_sentence_blanks_know_where_sentences_end(settings, tmp_path, tokenizer):
+    settings["data"]["recipe"] |= {"smask_probability": 1.0, "mask_probability": 0.0}
+    trainer = build_trainer(RunConfig.read(write(settings, tmp_path)))
+    assert tokenizer.convert_tokens_to_ids("<n>") in trainer.data_collator.sentence_end_ids
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_has_the_dtype_of_its_section(settings, tmp_path, dtype):
+    settings["model"]["dtype"] = dtype
+    assert build_trainer(RunConfig.read(write(settings, tmp_path))).model.dtype == getattr(torch, dtype)
+
+
+def test_overrides_reach_a_new_model(settings, tmp_path, model_folder):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    settings["model"] = {"tokenizer": str(model_folder), "config": sizes, "overrides": {"hidden_dropout": 0.25}}
+    assert build_trainer(RunConfig.read(write(settings, tmp_path))).model.config.hidden_dropout == 0.25
+
+
+def test_weights_of_some_corpora_only_are_refused(settings, tmp_path, corpus):
+    path = str(corpus / "text.jsonl")
+    settings["data"]["train"] = [{"path": path, "weight": 2}, {"path": path}]
+    with pytest.raises(ValueError, match="give every corpus a weight, or none"):
+        build_trainer(RunConfig.read(write(settings, tmp_path)))
+
+
+def test_numbers_are_read_as_people_write_them(settings, tmp_path):
+    file = write(settings, tmp_path)
+    file.write_text(file.read_text() + "  learning_rate: 1e-4\n  initial_learning_rate: 5E-6\n")
+    assert RunConfig.read(file).training["learning_rate"] == 1e-4
+    assert build_trainer(RunConfig.read(file)).args.initial_learning_rate == 5e-6

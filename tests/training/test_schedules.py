@@ -90,6 +90,7 @@ def test_skipped_ranges_leave_out_exactly_their_samples():
     expected = [n for n in range(100) if not 4 <= n < 8 and not 16 <= n < 24]
     assert data_numbers(np.arange(80), ranges).tolist() == expected[:80]
     assert parse_ranges(["1-5"], ends) == [(0, 32)]
+    assert parse_ranges(["3-4", "1-2"], ends) == [(0, 8), (8, 24)]
 
 
 @pytest.mark.parametrize("ranges", [["3"], ["0-2"], ["4-2"], ["1-9"], ["a-b"], ["1-3", "3-4"]])

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import time
 from itertools import pairwise
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from glm_hf import GLMForBlankInfilling
+from glm_hf.training import GLMTrainer
 from glm_hf.training.batches import ShuffledEpochs, StepSampler
 
 
@@ -186,3 +188,95 @@ def test_streams_are_refused(model_folder, tmp_path):
 
     with pytest.raises(ValueError, match="train_dataset needs a length"):
         make_trainer(model_folder, tmp_path, data=Stream()).train()
+
+
+def test_metrics_see_the_logits_of_all_tokens(model_folder, tmp_path):
+    seen = []
+
+    def keep(prediction) -> dict:
+        seen.append(prediction)
+        return {"found": 1.0}
+
+    trainer = make_trainer(model_folder, tmp_path, per_device_eval_batch_size=4)
+    trainer.compute_metrics = keep
+    texts = Texts(4)
+    found = trainer.evaluate(texts)
+    batch = trainer.data_collator([texts[n] for n in range(4)])
+    inputs = {name: batch[name] for name in ("input_ids", "position_ids", "segment_ids")}
+    with torch.no_grad():
+        logits = trainer.model.eval()(**inputs).logits
+    assert found["eval_found"] == 1.0
+    np.testing.assert_allclose(seen[0].predictions, logits.numpy(), rtol=1e-4, atol=1e-4)
+    assert seen[0].label_ids.tolist() == batch["shift_labels"].tolist()
+    expected = cross_entropy(logits.mT, batch["shift_labels"])
+    assert found["eval_loss"] == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_evaluation_leaves_no_trace_in_the_losses_by_objective(model_folder, tmp_path):
+    settings = {"max_steps": 4, "eval_steps": 1, "per_device_eval_batch_size": 4}
+    plain = make_trainer(model_folder, tmp_path, max_steps=4)
+    evaluating = make_trainer(model_folder, tmp_path, eval_dataset=Texts(12), eval_strategy="steps", **settings)
+    names = {"loss_mask", "loss_gmask"}
+    logs = []
+    for trainer in (plain, evaluating):
+        trainer.train()
+        history = [entry for entry in trainer.state.log_history if "loss" in entry]
+        logs.append([{name: entry[name] for name in names & entry.keys()} for entry in history])
+    assert logs[0] == logs[1]
+
+
+def test_the_seed_orders_the_data(model_folder, tmp_path):
+    def order(seed: int) -> list[list[int]]:
+        loader = make_trainer(model_folder, tmp_path, seed=seed, max_steps=2).get_train_dataloader()
+        return [batch["input_ids"].tolist() for batch in loader]
+
+    assert order(1) == order(1)
+    assert order(1) != order(2)
+
+
+def test_the_seed_draws_the_blanks_of_the_default_collator(model_folder, tmp_path):
+    model = GLMForBlankInfilling.from_pretrained(model_folder, dtype="float32")
+    trainer = GLMTrainer(model, make_arguments(tmp_path, seed=5), train_dataset=Texts())
+    assert trainer.data_collator.seed == 5
+
+
+def test_the_operations_of_a_run_are_counted(model_folder, tmp_path):
+    trainer = make_trainer(model_folder, tmp_path, max_steps=2)
+    tokens = sum(batch["input_ids"].numel() for batch in trainer.get_train_dataloader())
+    trainer.train()
+    assert trainer.state.total_flos == pytest.approx(trainer.flops_per_token * tokens)
+
+
+def test_epochs_log(model_folder, tmp_path):
+    settings = {"max_steps": -1, "num_train_epochs": 3, "logging_strategy": "epoch"}
+    trainer = make_trainer(model_folder, tmp_path, **settings)
+    trainer.train()
+    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [3, 6, 9]
+
+
+def test_an_epoch_ends_once(model_folder, tmp_path):
+    evaluations = []
+
+    class Count(TrainerCallback):
+        def on_evaluate(self, args, state, control, **kwargs):
+            evaluations.append(state.global_step)
+
+    settings = {"max_steps": -1, "num_train_epochs": 2, "eval_strategy": "epoch"}
+    make_trainer(model_folder, tmp_path, eval_dataset=Texts(4), callbacks=[Count], **settings).train()
+    assert evaluations == [3, 6]
+
+
+def test_a_run_of_steps_is_longer_than_its_samples(model_folder, tmp_path):
+    trainer = make_trainer(model_folder, tmp_path, max_steps=2, train_samples=48)
+    assert trainer.get_train_dataloader() is not None
+    assert trainer.samples_before.tolist() == [0, 8, 16]
+
+
+def test_throughput_is_of_the_time_since_the_last_log(model_folder, tmp_path, monkeypatch):
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
+    trainer = make_trainer(model_folder, tmp_path, max_steps=3)
+    tokens = [int((batch["segment_ids"] > 0).sum()) for batch in trainer.get_train_dataloader()]
+    trainer.train()
+    rates = [entry["tokens_per_second"] for entry in trainer.state.log_history if "loss" in entry]
+    assert rates == pytest.approx([number / 10 for number in tokens])
