@@ -182,3 +182,24 @@ def test_ranks_with_different_numbers_of_rows_act_together(model_folder, tmp_pat
     events = json.loads((tmp_path / "run" / "divergence.json").read_text())
     assert [event["step"] for event in events] == [1, 2, 3]
     assert max(len(event["samples"]) for event in events) > 8
+
+
+def test_an_infinite_loss_on_one_rank_stops_both(model_folder, tmp_path):
+    """The gradients stay finite, so that nothing but the loss tells."""
+
+    def rank_main(rank: int) -> list[float]:
+        trainer = make_trainer(model_folder, tmp_path / "run", **SETTINGS, divergence_action="stop")
+        measure = trainer.compute_loss
+
+        def overflow(*args, **kwargs):
+            loss = measure(*args, **kwargs)
+            return loss + torch.inf if rank == 1 and trainer.state.global_step == 1 else loss
+
+        trainer.compute_loss = overflow
+        with pytest.raises(DivergenceError, match="before the update of step 2: the loss is inf"):
+            trainer.train()
+        return losses(trainer)
+
+    first, second = run_ranks(rank_main, 2, tmp_path)
+    assert first == second
+    assert len(first) == 1
