@@ -9,12 +9,12 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from glm_hf.training.blanks import ragged_range
+from glm_hf.training.draws import GOLDEN
 from glm_hf.training.packing import EpochPlan, Row, plan_apart, plan_instructions, plan_joined
 from glm_hf.training.recipe import InfillingRecipe
 from glm_hf.training.token_file import TokenFile
 
 BLOCK = 1 << 16
-GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio: multiples of it fill the range most evenly
 DEFAULT_INSTRUCTION_SHARE = 0.05
 
 
@@ -162,6 +162,7 @@ class BlankInfillingDataset(Dataset):
     def _draw(self, block: int) -> np.ndarray:
         """Return `(BLOCK,)` the corpus of every row, spread as evenly over the rows as the shares allow."""
         numbers = np.arange(block * BLOCK, (block + 1) * BLOCK)
+        # Multiples of the golden ratio fill the range most evenly.
         even = (numbers.astype(np.uint64) * GOLDEN + self.offset) / 2.0**64  # (BLOCK,) in [0, 1)
         edges = self.row_shares(numbers).cumsum(1)[:, :-1]
         return (even[:, None] >= edges).sum(1)
