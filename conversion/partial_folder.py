@@ -11,7 +11,6 @@ destination.
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
@@ -26,7 +25,7 @@ from torch import Tensor
 from glm_hf._version import __version__
 from glm_hf.conversion.streams import progress_bar, read_ahead
 from glm_hf.model_files import read_json
-from glm_hf.new_folder import require_space, require_vacant
+from glm_hf.new_folder import require_space, require_vacant, sync, sync_tree
 
 RESTART = "start again with resume=False (--no-resume), which throws away what is there"
 
@@ -244,20 +243,3 @@ def _locked(path: Path, dst: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def sync_tree(folder: Path) -> None:
-    """Wait until all files and folders in `folder` are on the disk."""
-    for path in (*folder.rglob("*"), folder):
-        sync(path)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file's content is on the disk, or a folder's list of names where the system can tell."""
-    if path.is_dir() and os.name != "posix":
-        return
-    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

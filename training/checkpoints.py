@@ -1,6 +1,5 @@
 """Checkpoints that are there as a whole or not at all."""
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +8,8 @@ from pathlib import Path
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from transformers.trainer_utils import get_last_checkpoint
+
+from glm_hf.new_folder import sync, sync_tree
 
 STAGING = ".partial-checkpoint"
 
@@ -58,18 +59,8 @@ def publish(staged: Path, final: Path) -> None:
         staged: The folder as it was written, on the same file system.
         final: Its name.
     """
-    for path in (*staged.rglob("*"), staged):
-        flush(path)
+    sync_tree(staged)
     if final.exists():
         final.rename(staged.parent / "replaced")
     staged.rename(final)
-    flush(final.parent)
-
-
-def flush(path: Path) -> None:
-    """Wait until a file, or the entries of a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(final.parent)

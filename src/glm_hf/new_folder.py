@@ -1,5 +1,6 @@
-"""Folders that appear whole or not at all: written beside their destination, renamed at the end."""
+"""Folders that appear whole or not at all: written beside their destination, on the disk, renamed at the end."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,3 +53,20 @@ def new_folder(dst: Path) -> Iterator[Path]:
         folder.rename(dst)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def sync_tree(folder: Path) -> None:
+    """Wait until all files and folders in `folder` are on the disk."""
+    for path in (*folder.rglob("*"), folder):
+        sync(path)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content is on the disk, or a folder's list of names where the system can tell."""
+    if path.is_dir() and os.name != "posix":
+        return
+    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
