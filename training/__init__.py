@@ -8,12 +8,14 @@ from glm_hf.training.gradient_shrink import shrink_embedding_gradient
 from glm_hf.training.mixture import BlankInfillingDataset
 from glm_hf.training.recipe import InfillingRecipe
 from glm_hf.training.trainer import GLMTrainer
+from glm_hf.training.trainer_3d import GLM3DTrainer
 
 __all__ = [
     "BlankInfillingDataset",
     "CorpusSource",
     "DataCollatorForBlankInfilling",
     "DivergenceError",
+    "GLM3DTrainer",
     "GLMTrainer",
     "GLMTrainingArguments",
     "InfillingRecipe",

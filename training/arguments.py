@@ -5,6 +5,8 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from glm_hf.training.parallel import Parallel
+
 DIVERGENCE_ACTIONS = ("none", "skip", "lower_alpha", "stop")
 
 
@@ -24,7 +26,7 @@ class GLMTrainingArguments(TrainingArguments):
         warmup_share: Share of the samples over which the rate grows, before it falls along a cosine.
         train_samples: Length of the run.
         global_batch_size: Samples of a step on all devices; by default `per_device_train_batch_size` times
-            `gradient_accumulation_steps` times devices.
+            `gradient_accumulation_steps` times devices, or copies of the model under `parallel`.
         batch_ramp_start: Samples of the first step, from which the batch grows to `global_batch_size`; GLM-130B grew
             from 192 to 4224. No ramp by default.
         batch_ramp_share: Share of the samples over which the batch grows.
@@ -36,6 +38,8 @@ class GLMTrainingArguments(TrainingArguments):
             `stop`, with the samples written to divergence.json; `none` only logs. Overflows of the fp16 loss scale are
             none of this. DeepSpeed cannot skip a step: it stops where something is not finite.
         spike_threshold: How many times the median of the last 100 norms of the embedding's gradient a leap is.
+        parallel: Degrees of `GLM3DTrainer`, `{"tensor": 4, "pipeline": 8, "data": 24}`, whose product is the number of
+            processes, and `partition`, the layers of every stage, if not balanced.
         peak_tflops: What a device can do at the precision of the run, in 10^12 operations per second, to log the
             model FLOPs utilization; by default known for some GPUs.
     """
@@ -55,6 +59,7 @@ class GLMTrainingArguments(TrainingArguments):
     embedding_gradient_shrink: Any = field(default=None, metadata={"help": "Alpha, or points [step, alpha]."})
     divergence_action: str = field(default="stop", metadata={"help": f"One of {', '.join(DIVERGENCE_ACTIONS)}."})
     spike_threshold: float = field(default=20.0, metadata={"help": "Leap of the embedding's gradient, in medians."})
+    parallel: Any = field(default=None, metadata={"help": "Degrees {tensor, pipeline, data} of GLM3DTrainer."})
     peak_tflops: float | None = field(default=None, metadata={"help": "Of one device, for the utilization."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Whether to hide losses that are NaN."})
     remove_unused_columns: bool | None = field(default=False, metadata={"help": "The collator needs all columns."})
@@ -64,7 +69,11 @@ class GLMTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         """Check ranges, and turn accumulation steps into samples of a step."""
+        deepspeed = getattr(self, "deepspeed", None)
+        if self.parallel is not None:
+            self.deepspeed = None  # the pipeline has an engine of its own
         super().__post_init__()
+        self.deepspeed = deepspeed
         if self.divergence_action not in DIVERGENCE_ACTIONS:
             raise ValueError(
                 f"divergence_action must be one of {', '.join(DIVERGENCE_ACTIONS)}, got {self.divergence_action!r}"
@@ -74,11 +83,13 @@ class GLMTrainingArguments(TrainingArguments):
         for name in ("warmup_share", "batch_ramp_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        copies = self.world_size
+        if self.parallel is not None:
+            parallel = Parallel.of(self.parallel)
+            parallel.require_world(self.world_size)
+            copies = parallel.data
         if self.global_batch_size is None:
             self.global_batch_size = (
-                self.per_device_train_batch_size
-                * self.gradient_accumulation_steps
-                * max(self.n_gpu, 1)
-                * self.world_size
+                self.per_device_train_batch_size * self.gradient_accumulation_steps * max(self.n_gpu, 1) * copies
             )
         self.gradient_accumulation_steps = 1  # the trainer cuts a step's samples into pieces itself

@@ -7,6 +7,7 @@ import json
 import math
 import statistics
 from collections import deque
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +68,34 @@ class DivergenceWatch:
         self.norms = deque(state["norms"], maxlen=WINDOW)
 
 
-def append_event(file: Path, event: dict[str, Any]) -> None:
-    """Append an event to a JSON list; numbers that are not finite are written as text."""
+def stop_message(step: int, reason: str, file: Path) -> str:
+    """Return why training stops before the update of a step, and how to go on."""
+    return (
+        f"training stops before the update of step {step}: {reason}; its samples are in {file}. Go on from an earlier "
+        f'checkpoint with skip_data_ranges=["{step}-{step}"], a lower learning rate or a lower alpha'
+    )
+
+
+def record_event(folder: str | Path, event: dict[str, Any], *, writes: bool) -> Path:
+    """
+    Append an event to the list in divergence.json, and return the file.
+
+    Args:
+        folder: Of the run.
+        event: With `samples`, of which those come first whose `loss` is not finite, then the highest. Numbers that are
+            not finite are written as text.
+        writes: Whether this process does.
+    """
+    file = Path(folder) / DIVERGENCE_FILE
+    if not writes:
+        return file
+    loss = itemgetter("loss")
+    order = sorted(event["samples"], key=lambda row: loss(row) if math.isfinite(loss(row)) else math.inf, reverse=True)
     events = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
     file.parent.mkdir(parents=True, exist_ok=True)
-    content = json.dumps([*events, _finite(event)], indent=1, ensure_ascii=False, allow_nan=False)
-    file.write_text(content + "\n", encoding="utf-8")
+    events.append(_finite(event | {"samples": order}))
+    file.write_text(json.dumps(events, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    return file
 
 
 def _finite(value: Any) -> Any:

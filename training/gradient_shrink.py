@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from glm_hf.modeling_glm import GLMModel
+from glm_hf.configuration_glm import GLMConfig
 
 DEFAULT_ALPHA = 0.1
 
@@ -24,8 +24,9 @@ def shrink_embedding_gradient(model: nn.Module, alpha: float = DEFAULT_ALPHA) ->
     """
     if not 0 < alpha <= 1:
         raise ValueError(f"alpha must lie in (0, 1], got {alpha}")
-    models = [module for module in model.modules() if isinstance(module, GLMModel)]
-    if not models:
+    found = [getattr(module, "config", None) for module in model.modules()]
+    configs = [config for config in found if isinstance(config, GLMConfig)]
+    if not configs:
         raise ValueError(f"{type(model).__name__} holds no GLM model")
-    for module in models:
-        module.config.embedding_gradient_shrink = alpha
+    for config in configs:
+        config.embedding_gradient_shrink = alpha

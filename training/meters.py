@@ -3,6 +3,7 @@
 import torch
 
 from glm_hf.training.blanks import IGNORED
+from glm_hf.training.micro_batches import NO_SAMPLE
 from glm_hf.training.recipe import OBJECTIVES
 
 
@@ -52,6 +53,11 @@ class LossMeter:
         self.counts.index_add_(0, objectives, row_counts.double())
         self.num_tokens += (segment_ids > 0).sum()
         self.rows.append((sample_ids, row_sums / row_counts))
+
+    def losses_of_rows(self) -> list[tuple[int, float]]:
+        """Return the sample and the mean loss of every row of the step at hand, without rows of padding."""
+        pairs = [pair for ids, losses in self.rows for pair in zip(ids.tolist(), losses.tolist(), strict=True)]
+        return [(sample, loss) for sample, loss in pairs if sample != NO_SAMPLE]
 
     def take(self) -> torch.Tensor:
         """Return sums and counts by objective and the number of tokens, as one vector, and begin anew."""

@@ -30,9 +30,10 @@ from glm_hf.training.batches import ShuffledEpochs, StepSampler
 from glm_hf.training.blanks import IGNORED
 from glm_hf.training.checkpoints import STAGING, staged_checkpoint
 from glm_hf.training.data_collator import DataCollatorForBlankInfilling
-from glm_hf.training.divergence import DIVERGENCE_FILE, DivergenceError, DivergenceWatch, append_event
+from glm_hf.training.divergence import DivergenceError, DivergenceWatch, record_event, stop_message
 from glm_hf.training.gradient_shrink import shrink_embedding_gradient
 from glm_hf.training.meters import LossMeter
+from glm_hf.training.micro_batches import Batch, cut_rows
 from glm_hf.training.mixture import BlankInfillingDataset
 from glm_hf.training.schedules import BatchSchedule, LearningRateSchedule, PiecewiseLinear, parse_ranges
 from glm_hf.training.throughput import flops_per_token, peak_tflops
@@ -98,6 +99,16 @@ class GLMTrainer(Trainer):
         self.last_log = time.perf_counter()
         self.is_saving = False
 
+    @property
+    def data_rank(self) -> int:
+        """Which share of a step's samples this process takes."""
+        return self.args.process_index
+
+    @property
+    def data_size(self) -> int:
+        """How many shares of a step's samples there are."""
+        return self.args.world_size
+
     def plan_steps(self) -> np.ndarray:
         """Return `(steps + 1,)` the samples before every step and after the last."""
         args = self.args
@@ -122,7 +133,7 @@ class GLMTrainer(Trainer):
         if not isinstance(dataset, BlankInfillingDataset):
             dataset = ShuffledEpochs(dataset, args.seed)
         skipped = parse_ranges(args.skip_data_ranges, self.samples_before[1:])
-        sampler = StepSampler(np.diff(self.samples_before), skipped, args.process_index, args.world_size)
+        sampler = StepSampler(np.diff(self.samples_before), skipped, self.data_rank, self.data_size)
         return DataLoader(
             dataset,
             batch_sampler=sampler,
@@ -158,18 +169,11 @@ class GLMTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Train on a step's samples in pieces of `per_device_train_batch_size`, and return their mean loss."""
-        self.meter.begin_step()
-        if self.alpha_schedule is not None:
-            alpha = float(self.alpha_schedule(np.array(self.state.global_step)))
-            shrink_embedding_gradient(self.model, alpha * self.alpha_factor)
+        self._begin_step()
         uses_zero = self.is_deepspeed_enabled
         if uses_zero and not isinstance(self.accelerator.deepspeed_engine_wrapped, DeferredStep):
             self.accelerator.deepspeed_engine_wrapped = DeferredStep(self.model_wrapped)
-        count = -(-self._samples_per_process() // self.args.per_device_train_batch_size)
-        pieces = [
-            dict(zip(inputs, parts, strict=True))
-            for parts in zip(*(values.tensor_split(count) for values in inputs.values()), strict=True)
-        ]
+        pieces = self._cut(inputs)
         losses = []
         for number, piece in enumerate(pieces, 1):
             is_last = number == len(pieces)
@@ -182,6 +186,18 @@ class GLMTrainer(Trainer):
             self._check_step(0.0)
             self.model_wrapped.step()
         return self.step_loss
+
+    def _begin_step(self) -> None:
+        """Forget the rows of the step before, and set what changes from step to step."""
+        self.meter.begin_step()
+        if self.alpha_schedule is not None:
+            alpha = float(self.alpha_schedule(np.array(self.state.global_step)))
+            shrink_embedding_gradient(self.model, alpha * self.alpha_factor)
+
+    def _cut(self, inputs: Batch) -> list[Batch]:
+        """Return a step's samples in pieces of `per_device_train_batch_size`."""
+        first, end = self.samples_before[self.state.global_step : self.state.global_step + 2]
+        return cut_rows(inputs, -(-(int(end - first) // self.data_size) // self.args.per_device_train_batch_size))
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -212,11 +228,6 @@ class GLMTrainer(Trainer):
         count = sum((batch["shift_labels"] != IGNORED).sum() for batch in batch_samples)
         return self.accelerator.reduce(count.to(device))
 
-    def _samples_per_process(self) -> int:
-        """Return how many samples this process has at this step."""
-        first, end = self.samples_before[self.state.global_step : self.state.global_step + 2]
-        return int(end - first) // self.args.world_size
-
     def _measure_embedding(self) -> torch.Tensor | None:
         """Return the norm of the embedding's gradient, without a loss scale; None where it is not trained."""
         weight = self.model.get_input_embeddings().weight
@@ -232,55 +243,47 @@ class GLMTrainer(Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Return the norm of the gradient, after a look at whether the update may be made."""
         norm = super()._get_grad_norm(model, grad_norm)
-        if not self.is_deepspeed_enabled:
-            self._check_step(float(norm))
+        if not self.is_deepspeed_enabled and not self._check_step(float(norm)):
+            self.model.zero_grad(set_to_none=True)  # so that the update changes nothing
         return norm
 
-    def _check_step(self, grad_norm: float) -> None:
-        """Act as `divergence_action` says if the step diverges."""
+    @property
+    def has_loss_scale(self) -> bool:
+        """Whether a gradient that is not finite may be an overflow, which lowers the loss scale and skips the step."""
+        return self.accelerator.scaler is not None or self.accelerator.mixed_precision == "fp16"
+
+    def _check_step(self, grad_norm: float) -> bool:
+        """Act as `divergence_action` says if the step diverges; return whether its update may be made."""
         if self.args.divergence_action == "none":
-            return
+            return True
         loss = float(self.accelerator.reduce(self.step_loss, "mean"))
         embedding_norm = None if self.embedding_norm is None else float(self.embedding_norm)
-        has_scale = self.accelerator.scaler is not None or self.accelerator.mixed_precision == "fp16"
-        if has_scale and math.isfinite(loss) and not math.isfinite(grad_norm + (embedding_norm or 0)):
-            return  # an overflow, which lowers the loss scale and skips the step by itself
+        if self.has_loss_scale and math.isfinite(loss) and not math.isfinite(grad_norm + (embedding_norm or 0)):
+            return True
         reason = self.watch.observe(loss, grad_norm, embedding_norm)
         if reason is None:
-            return
+            return True
         action, step = self.args.divergence_action, self.state.global_step + 1
         is_finite = math.isfinite(loss + grad_norm + (embedding_norm or 0))
         if self.is_deepspeed_enabled and not is_finite:
             action = "stop"  # its update can neither be left out nor made
-        file = self._record_divergence(reason, action)
+        file = self._record_divergence({"step": step, "reason": reason, "action": action})
         if action == "stop":
             self.model.zero_grad(set_to_none=True)
-            raise DivergenceError(
-                f"training stops before the update of step {step}: {reason}; its samples are in {file}. Go on from an "
-                f'earlier checkpoint with skip_data_ranges=["{step}-{step}"], a lower learning rate or a lower alpha'
-            )
+            raise DivergenceError(stop_message(step, reason, file))
         if action == "lower_alpha":
             self.alpha_factor /= 2
             if self.alpha_schedule is None:
                 self.alpha_schedule = PiecewiseLinear.of(self.model.config.embedding_gradient_shrink)
-        if action == "skip" or not is_finite:
-            self.model.zero_grad(set_to_none=True)  # so that the update changes nothing
         logger.warning(f"step {step}: {reason}; {action.replace('_', ' ')}")
+        return action != "skip" and is_finite
 
-    def _record_divergence(self, reason: str, action: str) -> Path:
-        """Append step, reason and samples to divergence.json, the samples of the highest losses first."""
-        rows = [row for piece in self.meter.rows for row in zip(*(values.tolist() for values in piece), strict=True)]
-        rows = sorted(gather_object(rows), key=lambda row: row[1] if math.isfinite(row[1]) else math.inf, reverse=True)
-        has_origin = isinstance(self.train_dataset, BlankInfillingDataset)
-        samples = [
-            {"sample": sample, "loss": loss, **(self.train_dataset.origin(sample) if has_origin else {})}
-            for sample, loss in rows
-        ]
-        file = Path(self.args.output_dir) / DIVERGENCE_FILE
-        if self.is_world_process_zero():
-            event = {"step": self.state.global_step + 1, "reason": reason, "action": action, "samples": samples}
-            append_event(file, event)
-        return file
+    def _record_divergence(self, event: dict[str, Any]) -> Path:
+        """Append what has happened to divergence.json, with the samples of the step."""
+        samples = [{"sample": sample, "loss": loss} for sample, loss in gather_object(self.meter.losses_of_rows())]
+        if isinstance(self.train_dataset, BlankInfillingDataset):
+            samples = [sample | self.train_dataset.origin(sample["sample"]) for sample in samples]
+        return record_event(self.args.output_dir, event | {"samples": samples}, writes=self.is_world_process_zero())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as `Trainer` does, with losses by objective, the embedding's gradient and throughput."""
@@ -304,8 +307,7 @@ class GLMTrainer(Trainer):
             found["tokens_per_second"] = num_tokens / seconds
             peak = self.args.peak_tflops or peak_tflops(self.args.device)
             if peak:
-                done = num_tokens * self.flops_per_token / seconds
-                found["mfu"] = done / (peak * 1e12 * self.args.world_size)
+                found["mfu"] = num_tokens * self.flops_per_token / (seconds * peak * 1e12 * self.args.world_size)
         return found
 
     @cached_property

@@ -290,6 +290,14 @@ class GLMPreTrainedModel(PreTrainedModel):
                 raise ValueError(f"{path}.{name} of a quantized model was not loaded; make the folder again")
 
 
+def shrink_gradient(states: torch.Tensor, alpha: float) -> torch.Tensor:
+    """Return states of the same values, of whose gradient only the share `alpha` reaches what they were made of."""
+    if alpha == 1:
+        return states
+    fixed = states.detach()
+    return fixed + alpha * (states - fixed)
+
+
 def xavier_std(fan_in: int, fan_out: int) -> float:
     """Return the standard deviation of Xavier normal initialisation."""
     return (2 / (fan_in + fan_out)) ** 0.5
@@ -360,10 +368,8 @@ class GLMModel(GLMPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         elif attention_mask is None or is_padding_mask(attention_mask):
             input_ids = layout_ids(inputs_embeds, self.embed_tokens, self.config)
-        alpha = self.config.embedding_gradient_shrink
-        if self.training and alpha != 1:
-            fixed = inputs_embeds.detach()
-            inputs_embeds = fixed + alpha * (inputs_embeds - fixed)  # the same values, a shrunk gradient
+        if self.training:
+            inputs_embeds = shrink_gradient(inputs_embeds, self.config.embedding_gradient_shrink)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 

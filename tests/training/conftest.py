@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from pipeline_runs import import_deepspeed, save_deep_model
 from tiny_model import save_tiny_model, train_sentencepiece
 
 from glm_hf import GLMTokenizer
@@ -18,3 +19,11 @@ def model_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer(model_folder) -> GLMTokenizer:
     return GLMTokenizer.from_pretrained(model_folder)
+
+
+@pytest.fixture(scope="session")
+def deep_folder(model_folder, tmp_path_factory) -> Path:
+    """A model of 4 layers; DeepSpeed, which it is spread with, has been imported."""
+    pytest.importorskip("deepspeed")
+    import_deepspeed()
+    return save_deep_model(model_folder, tmp_path_factory.mktemp("deep") / "model")

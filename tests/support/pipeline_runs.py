@@ -1,0 +1,100 @@
+"""Runs of a small model under 3D parallelism, on forked processes."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from forked import run_ranks
+from small_runs import RECIPE, Texts, make_arguments
+
+from glm_hf import GLMConfig, GLMForBlankInfilling
+from glm_hf.training import DataCollatorForBlankInfilling, GLM3DTrainer
+from glm_hf.training.parallel import Parallel
+
+SETTINGS = {
+    "max_steps": 10,
+    "per_device_train_batch_size": 2,
+    "global_batch_size": 16,
+    "embedding_gradient_shrink": 0.3,
+    "max_grad_norm": 0.5,  # below every norm, so that all gradients are clipped
+}
+EVALUATED = 10  # samples
+
+
+def import_deepspeed() -> None:
+    """Import once what every forked process would take seconds to import."""
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401, compiles a function
+    import torch._dynamo  # noqa: F401
+
+    import glm_hf.training.stage_folder  # noqa: F401
+
+
+def allow_half_on_cpu() -> None:
+    """DeepSpeed refuses fp16 where the processor has no instructions for it, though torch computes it."""
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    CPU_Accelerator.is_fp16_supported = lambda self: True
+
+
+def save_deep_model(source: Path, folder: Path, **changes: Any) -> Path:
+    """Save a model of 4 layers with the tokens of `source`, of sizes that 4 ranks can share."""
+    config = GLMConfig.from_pretrained(source, num_hidden_layers=4, **changes)
+    config.vocab_size += -config.vocab_size % 8
+    torch.manual_seed(0)
+    model = GLMForBlankInfilling(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.02)  # biases that count, and norms that differ
+    model.save_pretrained(folder)
+    return folder
+
+
+def make_3d_trainer(
+    model: Path | GLMConfig, folder: Path, degrees: dict, *, dropout: float = 0.0, data: Any = None, **changes: Any
+) -> GLM3DTrainer:
+    allow_half_on_cpu()
+    args = make_arguments(folder, **(SETTINGS | changes), parallel=degrees)
+    config = model if isinstance(model, GLMConfig) else GLMConfig.from_pretrained(model)
+    return GLM3DTrainer(
+        model,
+        args,
+        DataCollatorForBlankInfilling(config, RECIPE, seed=3),
+        train_dataset=Texts() if data is None else data,
+        eval_dataset=Texts(EVALUATED),
+        overrides={"hidden_dropout": dropout, "attention_dropout": dropout} if dropout else None,
+    )
+
+
+def logs_of(trainer: Any, key: str = "loss") -> list[dict]:
+    return [entry for entry in trainer.state.log_history if key in entry]
+
+
+def train_3d(model: Path, folder: Path, degrees: dict, *, resume: Path | None = None, **changes: Any) -> list[dict]:
+    """Train, save the model as `folder/model`, and return what was logged, which all ranks agree on."""
+
+    def rank_main(rank: int) -> tuple[list[dict], list[dict]]:
+        trainer = make_3d_trainer(model, folder, degrees, **changes)
+        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+        trainer.save_model(str(folder / "model"))
+        return [without_times(entry) for entry in trainer.state.log_history]
+
+    return same_on_all(rank_main, degrees, folder)
+
+
+def same_on_all(rank_main: Callable[[int], Any], degrees: dict, folder: Path) -> Any:
+    """Run a function on as many processes as degrees tell, and return what all of them return."""
+    folder.mkdir(exist_ok=True, parents=True)
+    first, *others = run_ranks(rank_main, Parallel.of(degrees).world_size, folder)
+    assert all(other == first for other in others)
+    return first
+
+
+def without_times(entry: dict) -> dict:
+    return {name: value for name, value in entry.items() if "second" not in name and "runtime" not in name}
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    model = GLMForBlankInfilling.from_pretrained(folder, dtype=torch.float32)
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}

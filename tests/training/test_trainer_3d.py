@@ -1,0 +1,201 @@
+"""Tensor x pipeline x data parallel training against one process that runs GLMTrainer on the whole model."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from forked import run_ranks, start, wait
+from pipeline_runs import (
+    EVALUATED,
+    SETTINGS,
+    logs_of,
+    make_3d_trainer,
+    same_on_all,
+    train_3d,
+    weights_of,
+    without_times,
+)
+from small_runs import Texts, make_trainer
+
+ALL = {"tensor": 2, "pipeline": 2, "data": 2}
+SAVING = {"save_strategy": "steps", "save_steps": 4, "eval_strategy": "steps", "eval_steps": 4}
+EXACT = 1e-5  # of losses, norms and weights: sums in another order
+
+
+@pytest.fixture(scope="module")
+def alone(deep_folder, tmp_path_factory):
+    """What one process logs and the weights it ends with."""
+    folder = tmp_path_factory.mktemp("alone")
+
+    def train():
+        trainer = make_trainer(deep_folder, folder / "run", eval_dataset=Texts(EVALUATED), **(SETTINGS | SAVING))
+        trainer.train()
+        trainer.save_model(str(folder / "model"))
+        return [without_times(entry) for entry in trainer.state.log_history]
+
+    return wait(start(train, folder / "result"), folder / "result"), weights_of(folder / "model")
+
+
+@pytest.fixture(scope="module")
+def spread(deep_folder, tmp_path_factory):
+    """Folder of a run on 8 processes with checkpoints, and what it logs."""
+    folder = tmp_path_factory.mktemp("spread") / "run"
+    return folder, train_3d(deep_folder, folder, ALL, **SAVING)
+
+
+def compare(found: list[dict], expected: list[dict], tolerance: float) -> None:
+    """Compare all that both have logged while training, or evaluating."""
+    assert [entry["step"] for entry in found] == [entry["step"] for entry in expected]
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.keys() == theirs.keys()
+        assert mine == pytest.approx(theirs, abs=tolerance), theirs["step"]
+
+
+def largest_difference(folder: Path, weights: dict[str, torch.Tensor]) -> float:
+    found = weights_of(folder)
+    assert found.keys() == weights.keys()
+    return max(float((found[name] - weights[name]).abs().max()) for name in weights)
+
+
+def steps(history: list[dict]) -> list[dict]:
+    return [entry for entry in history if "loss" in entry]
+
+
+def test_eight_processes_train_as_one_does(alone, spread):
+    folder, history = spread
+    assert len(steps(history)) == 10
+    compare(history[:-1], alone[0][:-1], EXACT)  # the last entry sums up the run
+    assert largest_difference(folder / "model", alone[1]) <= EXACT
+
+
+@pytest.mark.parametrize(("pipeline", "tensor", "data"), [(4, 1, 2), (1, 2, 2), (2, 2, 1)])
+def test_other_degrees_train_as_one_process_does(deep_folder, tmp_path, alone, pipeline, tensor, data):
+    degrees = {"tensor": tensor, "pipeline": pipeline, "data": data}
+    history = train_3d(deep_folder, tmp_path / "run", degrees)
+    compare(steps(history), steps(alone[0]), EXACT)
+    assert largest_difference(tmp_path / "run" / "model", alone[1]) <= EXACT
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_sixteen_bits_stay_close(deep_folder, tmp_path, alone, precision):
+    history = train_3d(deep_folder, tmp_path / "run", ALL, **{precision: True})
+    found, expected = steps(history), steps(alone[0])
+    for name in ("loss", "grad_norm", "embedding_grad_norm"):
+        assert [entry[name] for entry in found] == pytest.approx([entry[name] for entry in expected], abs=2e-3)
+    assert next(iter(weights_of(tmp_path / "run" / "model").values())).dtype == torch.float32
+
+
+def test_a_run_goes_on_exactly_where_a_checkpoint_was(deep_folder, tmp_path, spread):
+    folder, history = spread
+    again = train_3d(deep_folder, tmp_path / "run", ALL, resume=folder / "checkpoint-4", **SAVING)
+    assert steps(again) == steps(history)
+    assert largest_difference(tmp_path / "run" / "model", weights_of(folder / "model")) == 0
+
+
+@pytest.mark.parametrize(("pipeline", "tensor", "data"), [(1, 1, 2), (4, 1, 2), (1, 2, 1)])
+def test_a_run_goes_on_with_other_degrees(deep_folder, tmp_path, spread, pipeline, tensor, data):
+    folder, history = spread
+    degrees = {"tensor": tensor, "pipeline": pipeline, "data": data}
+    again = train_3d(deep_folder, tmp_path / "run", degrees, resume=folder / "checkpoint-4", **SAVING)
+    compare(again[:-1], history[:-1], EXACT)
+    assert largest_difference(tmp_path / "run" / "model", weights_of(folder / "model")) <= EXACT
+
+
+def test_dropout_is_drawn_again_for_checkpointed_activations_and_resumed_runs(deep_folder, tmp_path):
+    """A layer that is computed twice, or in another process after a resume, must drop the same."""
+    degrees = {"tensor": 2, "pipeline": 1, "data": 1}
+    options = {"dropout": 0.2, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    history = train_3d(deep_folder, tmp_path / "plain", degrees, **options)
+    checkpointed = train_3d(deep_folder, tmp_path / "less", degrees, activation_checkpointing=True, **options)
+    resumed = train_3d(deep_folder, tmp_path / "again", degrees, resume=tmp_path / "plain" / "checkpoint-2", **options)
+    assert steps(checkpointed) == steps(history)
+    assert steps(resumed) == steps(history)
+
+
+def test_ranks_of_a_layer_drop_alike_but_for_their_heads(deep_folder, tmp_path):
+    """What is dropped from the residuals must be the same on both, and of the attention another for every head."""
+    degrees = {"tensor": 2, "pipeline": 1, "data": 1}
+
+    def rank_main(rank: int):
+        trainer = make_3d_trainer(deep_folder, tmp_path / "run", degrees, dropout=0.5, max_steps=2)
+        layer = trainer.model.layers[0]
+        drawn = []
+        layer.attention.query_key_value.register_forward_hook(lambda *_: drawn.append(torch.rand(3)))
+        layer.mlp.register_forward_hook(lambda *_: drawn.append(torch.rand(3)))
+        trainer.train()
+        whole = [trainer.model.forward_funcs[-2].weight, layer.attention.dense.bias]
+        return torch.stack(drawn[0::2]), torch.stack(drawn[1::2]), [parameter.detach() for parameter in whole]
+
+    (heads, rest, whole), (other_heads, other_rest, other_whole) = run_ranks(rank_main, 2, tmp_path)
+    assert (heads != other_heads).all()
+    assert torch.equal(rest, other_rest)
+    assert len(rest.unique(dim=0)) == len(rest)  # another time, another draw
+    assert all(map(torch.equal, whole, other_whole))
+
+
+def test_the_batch_grows_as_it_does_in_one_process(deep_folder, tmp_path):
+    ramp = {"max_steps": -1, "train_samples": 60, "batch_ramp_start": 4, "batch_ramp_share": 0.6}
+    degrees = {"tensor": 1, "pipeline": 2, "data": 2}
+    history = train_3d(deep_folder, tmp_path / "run", degrees, **ramp)
+
+    def train():
+        trainer = make_trainer(deep_folder, tmp_path / "alone", **(SETTINGS | ramp))
+        trainer.train()
+        return [without_times(entry) for entry in logs_of(trainer)]
+
+    expected = wait(start(train, tmp_path / "result"), tmp_path / "result")
+    assert len({after["samples"] - before["samples"] for before, after in pairwise(expected)}) > 2
+    compare(steps(history), expected, EXACT)
+
+
+def test_rows_that_are_not_shared_equally_are_filled_up(deep_folder, tmp_path):
+    """Texts of several rows give one copy of the model more rows than the other, and pieces of unequal size."""
+
+    class SomeLong(Texts):
+        def __getitem__(self, number: int) -> dict:
+            return {"input_ids": [*range(30, 130)]} if number % 5 == 0 else super().__getitem__(number)
+
+    options = {"max_steps": 3, "global_batch_size": 12}
+    degrees = {"tensor": 1, "pipeline": 2, "data": 2}
+    history = train_3d(deep_folder, tmp_path / "run", degrees, data=SomeLong(), **options)
+
+    def train():
+        trainer = make_trainer(deep_folder, tmp_path / "alone", data=SomeLong(), **(SETTINGS | options))
+        trainer.train()
+        return [without_times(entry) for entry in logs_of(trainer)]
+
+    compare(steps(history), wait(start(train, tmp_path / "result"), tmp_path / "result"), EXACT)
+
+
+def test_all_ranks_log_the_same(deep_folder, tmp_path):
+    def rank_main(rank: int):
+        trainer = make_3d_trainer(
+            deep_folder, tmp_path / "run", {"tensor": 2, "pipeline": 1, "data": 1}, max_steps=1, peak_tflops=0.001
+        )
+        trainer.train()
+        [log] = logs_of(trainer)
+        return trainer.flops_per_token, trainer.state.total_flos, log["tokens_per_second"], log["mfu"]
+
+    def whole():
+        trainer = make_trainer(deep_folder, tmp_path / "alone", **(SETTINGS | {"max_steps": 1}))
+        trainer.train()
+        return trainer.flops_per_token, trainer.state.total_flos
+
+    expected = wait(start(whole, tmp_path / "result"), tmp_path / "result")
+    for flops, total, speed, share in run_ranks(rank_main, 2, tmp_path):
+        assert share == pytest.approx(flops * speed / (2 * 1e9))
+        assert (flops, total) == pytest.approx(expected)
+
+
+def test_evaluation_before_training(deep_folder, tmp_path, alone):
+    def rank_main(rank: int) -> float:
+        trainer = make_3d_trainer(deep_folder, tmp_path / "run", {"tensor": 1, "pipeline": 2, "data": 1})
+        return trainer.evaluate()["eval_loss"]
+
+    def whole() -> float:
+        trainer = make_trainer(deep_folder, tmp_path / "alone", eval_dataset=Texts(EVALUATED), **SETTINGS)
+        return trainer.evaluate()["eval_loss"]
+
+    expected = wait(start(whole, tmp_path / "result"), tmp_path / "result")
+    assert same_on_all(rank_main, {"pipeline": 2}, tmp_path / "ranks") == pytest.approx(expected, abs=EXACT)

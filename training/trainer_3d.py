@@ -1,0 +1,313 @@
+"""GLMTrainer on a model that no device can hold: tensor x pipeline x data parallelism on DeepSpeed's engine."""
+
+from collections.abc import Sequence, Sized
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer_utils import EvalLoopOutput
+
+from glm_hf.configuration_glm import GLMConfig
+from glm_hf.training.arguments import GLMTrainingArguments
+from glm_hf.training.blanks import IGNORED
+from glm_hf.training.checkpoint_3d import load_engine, require_own, save_engine
+from glm_hf.training.engine_3d import (
+    deepspeed_3d_config,
+    global_norm,
+    look_before_update,
+    make_engine,
+    squared_norm,
+    start_deepspeed,
+    summed,
+)
+from glm_hf.training.micro_batches import Batch, common_shape, empty_batch, micro_batches, require_names
+from glm_hf.training.parallel import Parallel
+from glm_hf.training.trainer import GLMTrainer
+
+EVAL_ROUNDS = 4  # micro-batches per stage that are evaluated in one go, so that stages rarely wait
+
+
+class GLM3DTrainer(GLMTrainer):
+    """
+    `GLMTrainer` with every layer cut over tensor-parallel ranks and the layers spread over pipeline stages.
+
+    Data, schedules, logs, callbacks, evaluation and safeguards are those of `GLMTrainer`, and so are losses, norms and
+    weights, whatever the degrees of parallelism.
+
+    Args:
+        model: Folder of a Hugging Face model, of which every process reads its own share, or the `GLMConfig` of a new
+            one.
+        args: With `parallel`, degrees whose product is the number of processes. `per_device_train_batch_size` samples
+            go through the pipeline at once. `deepspeed` may hold further keys for DeepSpeed. In fp16 and bf16 weights
+            have 16 bits, and the optimizer keeps fp32 ones.
+        data_collator: As in `GLMTrainer`.
+        overrides: Fields to replace in the configuration of `model`.
+        **kwargs: As in `GLMTrainer`; `compute_metrics` is not supported.
+
+    Raises:
+        ValueError: On all processes, before any waits for another, if the model cannot be spread in this way.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | GLMConfig,
+        args: GLMTrainingArguments,
+        data_collator: Any = None,
+        *,
+        overrides: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(args, GLMTrainingArguments) or args.parallel is None:
+            raise ValueError("GLM3DTrainer takes GLMTrainingArguments with parallel={tensor, pipeline, data}")
+        if kwargs.get("compute_metrics") is not None:
+            raise ValueError("compute_metrics needs logits of the whole vocabulary, which no process has")
+        self.parallel = Parallel.of(args.parallel)
+        self.stage, _, self.tensor_rank = self.parallel.coordinates(args.process_index)
+        super().__init__(self._make_pipeline(model, args, overrides or {}), args, data_collator, **kwargs)
+        self.model.observe = self._observe
+        self.engine: Any = None
+        self.shape: tuple[int, ...] = ()
+
+    def _make_pipeline(self, model: str | Path | GLMConfig, args: GLMTrainingArguments, overrides: dict) -> Any:
+        """Return this process's share of the model, with its weights."""
+        start_deepspeed()
+        from glm_hf.training.pipeline_model import GLMPipeline
+        from glm_hf.training.stage_weights import initialize, load_folder, read_config
+
+        config = model if isinstance(model, GLMConfig) else read_config(model, **overrides)
+        pipeline = GLMPipeline(config, self.parallel, dtype_of(args))
+        if isinstance(model, GLMConfig):
+            initialize(pipeline, args.seed)
+        else:
+            load_folder(pipeline, model)
+        return pipeline
+
+    @property
+    def data_rank(self) -> int:
+        """Which copy of the model this process belongs to."""
+        return self.parallel.coordinates(self.args.process_index)[1]
+
+    @property
+    def data_size(self) -> int:
+        """Copies of the model, each with its own samples."""
+        return self.parallel.data
+
+    @property
+    def is_reporter(self) -> bool:
+        """Whether this process has the losses that are to be counted: those of the last stage, once."""
+        return self.model.is_last and self.tensor_rank == 0
+
+    @cached_property
+    def data_group(self) -> Any:
+        """Process group of the copies."""
+        return self.model.mpu().get_data_parallel_group()
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        """Leave precision to the engine."""
+        return super()._build_accelerator_args(**kwargs) | {"mixed_precision": "no"}
+
+    def make_engine(self) -> Any:
+        """Return the engine, made when it is first needed."""
+        if self.engine is None:
+            args = self.args
+            config = deepspeed_3d_config(
+                self.parallel.tensor,
+                self.parallel.pipeline,
+                self.parallel.data,
+                micro_batch_size=args.per_device_train_batch_size,
+                global_batch_size=args.global_batch_size,
+                precision=precision_of(args),
+                max_grad_norm=args.max_grad_norm,
+                base=args.deepspeed,
+            )
+            self.engine = make_engine(self.model, self.create_optimizer(), config)
+            look_before_update(self.engine, self._may_update)
+        return self.engine
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
+    ) -> tuple[Any, DataLoader]:
+        """Return the engine instead of a wrapped model, after it has loaded a checkpoint."""
+        from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
+
+        engine = self.make_engine()
+        self.create_scheduler(max_steps, engine.optimizer.optimizer)
+        self.optimizer = DeepSpeedOptimizerWrapper(engine.optimizer)  # its step does nothing, the engine's does
+        self.model_wrapped = engine
+        if resume_from_checkpoint is not None:
+            self._load_engine(resume_from_checkpoint)
+        for name in ("model", "optimizer", "lr_scheduler"):
+            setattr(self.callback_handler, name, getattr(self, name))
+        self.callback_handler.train_dataloader = train_dataloader
+        return engine, train_dataloader
+
+    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Train on a step's samples, update included, and return their mean loss."""
+        require_names(inputs)
+        self._begin_step()
+        torch.manual_seed(self._seed_of_step())
+        pieces = self._cut(inputs)
+        factor = len(pieces) * self.data_size / num_items_in_batch  # the engine takes means over both
+        self.engine.set_train_batch_size(len(pieces) * self.args.per_device_train_batch_size * self.data_size)
+        loss = self.engine.train_batch(self._prepared([(piece, factor) for piece in pieces]))
+        return loss.detach().to(self.args.device)
+
+    def _seed_of_step(self) -> int:
+        """Return a seed that ranks of a layer share, and that a run which goes on from a checkpoint finds again."""
+        place = (self.args.seed, self.state.global_step, self.stage, self.data_rank)
+        return int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+    def _prepared(self, pieces: Sequence[tuple[Batch, Any]]) -> Any:
+        """Return the micro-batches of some pieces, after telling the engine if their shape has changed."""
+        shape = common_shape([piece for piece, _ in pieces])
+        if self.shape != shape:
+            self.shape = shape
+            self.engine.reset_activation_shape()
+        return micro_batches(pieces, self.model.config.pad_token_id)
+
+    def _observe(self, losses: torch.Tensor, labels: torch.Tensor, *origin: torch.Tensor) -> None:
+        """Take note of the losses of a micro-batch."""
+        if self.is_reporter:
+            self.meter.add(losses, labels, *origin)
+
+    def _may_update(self) -> bool:
+        """Measure a step's loss and gradients before its update, and tell whether it may be made."""
+        engine = self.engine
+        zero = torch.zeros((), device=self.args.device)
+        embedding = squared_norm(engine, self.model.forward_funcs[0].weight) if self.model.is_first else zero
+        loss = engine.total_loss / engine.gradient_accumulation_steps() if self.is_reporter else zero
+        squared, total = summed([embedding, loss])
+        self.embedding_norm = torch.tensor(squared).sqrt()
+        self.step_loss = torch.tensor(total / self.data_size, device=self.args.device)
+        if self.args.divergence_action == "none":
+            return True
+        return self._check_step(global_norm(engine))
+
+    @property
+    def has_loss_scale(self) -> bool:
+        """Whether a gradient that is not finite may be an overflow, which lowers the loss scale and skips the step."""
+        return self.args.fp16
+
+    def _clip_grad_norm(self, model: nn.Module) -> None:
+        """Do nothing: the engine has clipped."""
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
+        """Return the norm of the gradient before it was clipped."""
+        return float(self.engine.get_global_grad_norm())
+
+    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> float:
+        """Return the number of predicted tokens of a step on all copies of the model."""
+        require_names(batch_samples[0])
+        count = sum((batch["shift_labels"] != IGNORED).sum() for batch in batch_samples)
+        return summed([torch.as_tensor(count, device=device)], self.data_group)[0]
+
+    def floating_point_ops(self, inputs: Batch) -> float:
+        """Return the operations of a step's inputs, of which every process of a copy of the model reports a part."""
+        return super().floating_point_ops(inputs) / (self.parallel.tensor * self.parallel.pipeline)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Return a loader of this copy's share of the batches, in turns."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, str):
+            dataset = self.eval_dataset[dataset]
+        if dataset is None or not hasattr(dataset, "__len__") or not len(dataset):
+            raise ValueError("evaluation needs an eval_dataset with a length of at least 1")
+        size, number = self.args.per_device_eval_batch_size, len(dataset)
+        starts = range(0, number, size)[self.data_rank :: self.data_size]
+        batches = [list(range(start, min(start + size, number))) for start in starts]
+        return DataLoader(dataset, batch_sampler=batches, collate_fn=self.data_collator)
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Return the mean loss of the batches, as `Trainer` weighs them: by rows. Predictions are not supported."""
+        if description != "Evaluation":
+            raise ValueError("a pipeline gives no predictions; export the model and load it with from_pretrained")
+        self.make_engine()
+        number, size = len(cast(Sized, dataloader.dataset)), self.args.per_device_eval_batch_size
+        rounds = -(-number // (size * self.data_size))  # of the copy that has the most batches
+        at_once = min(rounds, EVAL_ROUNDS * self.parallel.pipeline)
+        batches = iter(dataloader)
+        total = torch.zeros(2, dtype=torch.float64)
+        for _ in range(-(-rounds // at_once)):
+            total += self._evaluate_batches([next(batches, None) for _ in range(at_once)])
+        weighed, rows = summed(list(total.to(self.args.device)))
+        return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": weighed / rows}, number)
+
+    def _evaluate_batches(self, batches: list[Batch | None]) -> torch.Tensor:
+        """Return the sum of the batches' losses by rows and the number of rows, if this process is to report them."""
+        known = [batch for batch in batches if batch is not None]
+        pad_token_id = self.model.config.pad_token_id
+        first = known[0] if known else empty_batch(pad_token_id)
+        pieces = []
+        for batch in (first if batch is None else batch for batch in batches):
+            require_names(batch)
+            pieces.append((batch, 1 / max(int((batch["shift_labels"] != IGNORED).sum()), 1)))
+        losses = self.engine.eval_batch(
+            self._prepared(pieces), reduce_output=None, bcast_loss=False, num_micro_batches=len(pieces)
+        )
+        total = torch.zeros(2, dtype=torch.float64)
+        if self.is_reporter:
+            for batch, loss in zip(batches, losses, strict=True):
+                rows = 0 if batch is None else len(batch["input_ids"])
+                total += torch.tensor([float(loss) * rows, rows], dtype=torch.float64)
+        return total
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write a Hugging Face folder, each stage its own files; within a checkpoint, what training goes on from."""
+        from glm_hf.training.stage_folder import save_folder
+
+        folder = Path(self.args.output_dir if output_dir is None else output_dir)
+        if _internal_call and not self.args.save_only_model:
+            save_engine(self.engine, folder, self.state.global_step)
+        else:
+            save_folder(self.model, folder)
+        if self.args.should_save and self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Save the scheduler; the engine has saved the optimizer."""
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Check a checkpoint, whose weights come with the engine's state."""
+        require_own(Path(resume_from_checkpoint), self.model.config)
+
+    def _load_engine(self, checkpoint: str) -> None:
+        """Go on from a checkpoint, of these degrees of parallelism or others."""
+        load_engine(self.engine, Path(checkpoint), self.parallel)
+        state = torch.load(Path(checkpoint) / SCHEDULER_NAME, map_location="cpu", weights_only=True)
+        self.lr_scheduler.load_state_dict(state)
+
+    def _load_best_model(self) -> None:
+        """Return to the best checkpoint."""
+        self._load_engine(self.state.best_model_checkpoint)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Do nothing: every step begins with a seed of its own."""
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Do nothing: every step begins with a seed of its own."""
+
+
+def precision_of(args: GLMTrainingArguments) -> str:
+    """Return the precision that training arguments ask for."""
+    return "fp16" if args.fp16 else "bf16" if args.bf16 else "fp32"
+
+
+def dtype_of(args: GLMTrainingArguments) -> torch.dtype:
+    """Return the dtype of the weights that training arguments ask for."""
+    return {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[precision_of(args)]
