@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from glm_hf.training.parallel import Parallel
@@ -70,6 +71,8 @@ class GLMTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         """Check ranges, and turn accumulation steps into samples of a step."""
         deepspeed = getattr(self, "deepspeed", None)
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # or processes that a launcher has started do not know of each other
         if self.parallel is not None:
             self.deepspeed = None  # the pipeline has an engine of its own
         super().__post_init__()

@@ -112,8 +112,8 @@ def look_before_update(engine: Any, may_update: Callable[[], bool]) -> None:
             return
         optimizer.zero_grad(set_to_none=True)
         optimizer._release_preflattened_grad_buffers()
-        optimizer.averaged_gradients = dict.fromkeys(optimizer.averaged_gradients)
-        optimizer.all_grad_tensors = dict.fromkeys(optimizer.all_grad_tensors)
+        for gradients in (optimizer.averaged_gradients, optimizer.all_grad_tensors):
+            gradients.update(dict.fromkeys(gradients))  # in place, as parameters refer to them
         optimizer.overflow = True  # which the engine counts as a step left out
 
     optimizer.step = step

@@ -2,7 +2,9 @@
 
 import dataclasses
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from transformers import AutoTokenizer
 from transformers.trainer_utils import get_last_checkpoint
 
 from glm_hf.configuration_glm import GLMConfig
+from glm_hf.model_files import read_config
 from glm_hf.modeling_glm import GLMForBlankInfilling
 from glm_hf.tokenization_glm import GLMTokenizer
 from glm_hf.training.arguments import GLMTrainingArguments
@@ -22,8 +25,9 @@ from glm_hf.training.mixture import DEFAULT_INSTRUCTION_SHARE, BlankInfillingDat
 from glm_hf.training.recipe import InfillingRecipe
 from glm_hf.training.schedules import PiecewiseLinear
 from glm_hf.training.trainer import GLMTrainer
+from glm_hf.training.trainer_3d import GLM3DTrainer, dtype_of
 
-SECTIONS = ("model", "data", "training", "peft")
+SECTIONS = ("model", "data", "training", "parallel", "peft")
 MODEL_KEYS = ("path", "tokenizer", "config", "quantization", "dtype", "overrides", "attn_implementation")
 DATA_KEYS = ("train", "eval", "cache", "recipe", "instruction_share", "seed")
 
@@ -40,12 +44,15 @@ class RunConfig:
         data: `train` and `eval`, lists of `CorpusSource` fields; `cache`, a folder for tokenized corpora; `recipe`,
             fields of `InfillingRecipe`; `instruction_share`, a number or points `[sample, share]`; `seed`.
         training: Fields of `GLMTrainingArguments`.
+        parallel: `tensor`, `pipeline` and `data`, whose product is the number of processes, and `partition`: see
+            `Parallel`. Without any, every process has the whole model.
         peft: `type` and fields of a configuration of PEFT.
     """
 
     model: dict[str, Any]
     data: dict[str, Any]
     training: dict[str, Any]
+    parallel: dict[str, Any]
     peft: dict[str, Any]
 
     @classmethod
@@ -134,22 +141,28 @@ def train_run(run: RunConfig, *, resume: bool = False, output_dir: str | None = 
 
 def build_trainer(run: RunConfig) -> GLMTrainer:
     """Load model and data, and return a trainer that is ready to train."""
-    args = fields_of(GLMTrainingArguments, run.training, "keys of training")
+    given = run.training | ({"parallel": run.parallel} if run.parallel else {})
+    args = fields_of(GLMTrainingArguments, given, "keys of training")
     tokenizer = AutoTokenizer.from_pretrained(run.model.get("tokenizer", run.model.get("path")))
-    model = load_model(run.model, tokenizer, args)
-    if run.peft:
-        model = add_adapter(model, run.peft)
+    if run.parallel:
+        model, config = spread_model(run, tokenizer, args)
+        trainer_class: Callable[..., GLMTrainer] = partial(GLM3DTrainer, config=config)
+    else:
+        trainer_class = GLMTrainer
+        model = load_model(run.model, tokenizer, args)
+        model = add_adapter(model, run.peft) if run.peft else model
+        config = model.config
     recipe = fields_of(InfillingRecipe, run.data.get("recipe", {}), "keys of recipe")
     seed = run.data.get("seed", args.seed)
     collator = DataCollatorForBlankInfilling(
-        model.config, recipe, seed, sentence_ends(tokenizer) if recipe.smask_probability else ()
+        config, recipe, seed, sentence_ends(tokenizer) if recipe.smask_probability else ()
     )
     datasets = {
-        part: load_dataset(run.data[part], run.data, recipe, tokenizer, model.config, seed)
+        part: load_dataset(run.data[part], run.data, recipe, tokenizer, config, seed)
         for part in ("train", "eval")
         if part in run.data
     }
-    return GLMTrainer(
+    return trainer_class(
         model,
         args,
         collator,
@@ -161,16 +174,10 @@ def build_trainer(run: RunConfig) -> GLMTrainer:
 
 def load_model(settings: dict[str, Any], tokenizer: GLMTokenizer, args: GLMTrainingArguments) -> Any:
     """Return the model of a configuration: loaded from `path`, or new with the sizes of `config`."""
-    options = dict(settings.get("overrides", {}))
-    require_known(options, tuple(GLMConfig().to_dict()), "keys of overrides")
-    if "attn_implementation" in settings:
-        options["attn_implementation"] = settings["attn_implementation"]
+    options = config_options(settings)
     if "path" not in settings:
-        names = ("pad", "eos", "mask", "gmask", "smask", "eod", "sop", "eop")
-        special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in names}
         torch.manual_seed(args.seed)
-        sizes = {"vocab_size": len(tokenizer), **special, **settings["config"], **options}
-        return GLMForBlankInfilling(GLMConfig(**sizes))
+        return GLMForBlankInfilling(new_config(settings, tokenizer))
     if "quantization" in settings:
         from glm_hf import GLMQuantizationConfig
 
@@ -179,6 +186,41 @@ def load_model(settings: dict[str, Any], tokenizer: GLMTokenizer, args: GLMTrain
         except TypeError as error:
             raise ValueError(f"keys of quantization: {error}") from error
     return GLMForBlankInfilling.from_pretrained(settings["path"], dtype=settings.get("dtype", "float32"), **options)
+
+
+def config_options(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return what is to be changed in the configuration of a model."""
+    options = dict(settings.get("overrides", {}))
+    require_known(options, tuple(GLMConfig().to_dict()), "keys of overrides")
+    if "attn_implementation" in settings:
+        options["attn_implementation"] = settings["attn_implementation"]
+    return options
+
+
+def new_config(settings: dict[str, Any], tokenizer: GLMTokenizer) -> GLMConfig:
+    """Return the configuration of a new model, with the tokens of a tokenizer."""
+    names = ("pad", "eos", "mask", "gmask", "smask", "eod", "sop", "eop")
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in names}
+    return GLMConfig(**{"vocab_size": len(tokenizer), **special, **settings["config"], **config_options(settings)})
+
+
+def spread_model(run: RunConfig, tokenizer: GLMTokenizer, args: GLMTrainingArguments) -> tuple[Any, GLMConfig]:
+    """
+    Return the model of a configuration as `GLM3DTrainer` takes it, and the configuration of the model.
+
+    Raises:
+        ValueError: If it asks for what a pipeline cannot do.
+    """
+    if run.peft or "quantization" in run.model:
+        raise ValueError("parallel trains all weights: leave peft and quantization out, or parallel")
+    dtype = str(dtype_of(args)).removeprefix("torch.")
+    if run.model.get("dtype", dtype) != dtype:
+        raise ValueError(f"under parallel, dtype follows from fp16 and bf16 of training: {dtype}; leave it out")
+    if "path" not in run.model:
+        config = new_config(run.model, tokenizer)
+        return config, config
+    config = read_config(run.model["path"], **config_options(run.model))
+    return run.model["path"], config
 
 
 def add_adapter(model: GLMForBlankInfilling, settings: dict[str, Any]) -> Any:

@@ -13,29 +13,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from glm_hf.configuration_glm import GLMConfig
 from glm_hf.conversion.shard_rules import ShardRule
-from glm_hf.model_files import read_json, require_files, weight_files
+from glm_hf.model_files import weight_files
 from glm_hf.modeling_glm import GLMLayer, GLMModel
 from glm_hf.training.pipeline_model import GLMPipeline
 from glm_hf.training.tensor_parallel import rule_of
-
-
-def read_config(folder: str | Path, **overrides: object) -> GLMConfig:
-    """
-    Return the configuration of a model to be trained, with some fields replaced.
-
-    Raises:
-        FileNotFoundError: If the folder has none.
-        ValueError: If it is of another type of model, or of a quantized one.
-    """
-    require_files(Path(folder), ["config.json"])
-    fields = read_json(Path(folder) / "config.json")
-    if fields.get("model_type") != GLMConfig.model_type:
-        raise ValueError(f"{folder} must hold a {GLMConfig.model_type} model, got {fields.get('model_type')}")
-    if fields.get("quantization_config") is not None:
-        raise ValueError(f"{folder} is quantized, whose weights cannot be trained; give the model that is not")
-    return GLMConfig.from_dict({**fields, **overrides})
 
 
 def named_weights(pipeline: GLMPipeline) -> Iterator[tuple[str, nn.Parameter]]:

@@ -154,8 +154,7 @@ class GLMTrainer(Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
         """Make the learning rate follow the samples."""
-        args = self.args
-        total = int(self.samples_before[-1])
+        args, total = self.args, int(self.samples_before[-1])
         rate = LearningRateSchedule(
             args.initial_learning_rate, args.learning_rate, args.min_learning_rate, args.warmup_share * total, total
         )
@@ -330,6 +329,8 @@ class GLMTrainer(Trainer):
             self.control.should_evaluate |= self.args.eval_strategy == IntervalStrategy.EPOCH
             self.control.should_save |= self.args.save_strategy == SaveStrategy.EPOCH
         super()._maybe_log_save_evaluate(*args, **kwargs)
+        if self._globalstep_last_logged == step:
+            self._tr_loss.nan_to_num_()  # it was reset by subtracting itself
 
     def _get_output_dir(self, trial: Any) -> str:
         """Return the output folder; while a checkpoint is written, a hidden folder in it."""
@@ -357,8 +358,7 @@ class GLMTrainer(Trainer):
                     self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
                 (staged / STATE_FILE).write_text(json.dumps(self._own_state(), indent=1) + "\n")
         if self.args.should_save:
-            limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
-            rotate_checkpoints(str(run), limit, best, use_mtime=True)
+            rotate_checkpoints(str(run), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
         if self.args.push_to_hub:
             super()._push_from_checkpoint(str(run / name))
 
@@ -383,8 +383,8 @@ class GLMTrainer(Trainer):
             ValueError: If the batches of this run would have come to another place in the data.
         """
         result = super()._init_training_state(max_steps, num_steps, num_epochs, resume_from_checkpoint, trial)
-        file = None if resume_from_checkpoint is None else Path(resume_from_checkpoint) / STATE_FILE
-        if file is not None and file.is_file():
+        file = Path(resume_from_checkpoint or "") / STATE_FILE
+        if resume_from_checkpoint is not None and file.is_file():
             state = json.loads(file.read_text())
             step = self.state.global_step
             here = int(self.samples_before[min(step, max_steps)])

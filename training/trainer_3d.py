@@ -13,6 +13,7 @@ from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
 from glm_hf.configuration_glm import GLMConfig
+from glm_hf.model_files import read_config
 from glm_hf.training.arguments import GLMTrainingArguments
 from glm_hf.training.blanks import IGNORED
 from glm_hf.training.checkpoint_3d import load_engine, require_own, save_engine
@@ -46,7 +47,7 @@ class GLM3DTrainer(GLMTrainer):
             go through the pipeline at once. `deepspeed` may hold further keys for DeepSpeed. In fp16 and bf16 weights
             have 16 bits, and the optimizer keeps fp32 ones.
         data_collator: As in `GLMTrainer`.
-        overrides: Fields to replace in the configuration of `model`.
+        config: Of `model`, if some of its fields are not those in its folder.
         **kwargs: As in `GLMTrainer`; `compute_metrics` is not supported.
 
     Raises:
@@ -59,7 +60,7 @@ class GLM3DTrainer(GLMTrainer):
         args: GLMTrainingArguments,
         data_collator: Any = None,
         *,
-        overrides: dict[str, Any] | None = None,
+        config: GLMConfig | None = None,
         **kwargs: Any,
     ) -> None:
         if not isinstance(args, GLMTrainingArguments) or args.parallel is None:
@@ -68,18 +69,25 @@ class GLM3DTrainer(GLMTrainer):
             raise ValueError("compute_metrics needs logits of the whole vocabulary, which no process has")
         self.parallel = Parallel.of(args.parallel)
         self.stage, _, self.tensor_rank = self.parallel.coordinates(args.process_index)
-        super().__init__(self._make_pipeline(model, args, overrides or {}), args, data_collator, **kwargs)
+        super().__init__(self._make_pipeline(model, args, config), args, data_collator, **kwargs)
         self.model.observe = self._observe
         self.engine: Any = None
         self.shape: tuple[int, ...] = ()
 
-    def _make_pipeline(self, model: str | Path | GLMConfig, args: GLMTrainingArguments, overrides: dict) -> Any:
+    def _make_pipeline(
+        self, model: str | Path | GLMConfig, args: GLMTrainingArguments, config: GLMConfig | None
+    ) -> Any:
         """Return this process's share of the model, with its weights."""
-        start_deepspeed()
         from glm_hf.training.pipeline_model import GLMPipeline
-        from glm_hf.training.stage_weights import initialize, load_folder, read_config
+        from glm_hf.training.stage_weights import initialize, load_folder
 
-        config = model if isinstance(model, GLMConfig) else read_config(model, **overrides)
+        if config is None:
+            config = model if isinstance(model, GLMConfig) else read_config(model)
+        if getattr(config, "quantization_config", None) is not None:
+            raise ValueError(f"{model} is quantized, whose weights cannot be trained; give the model that is not")
+        self.parallel.require_fits(config)
+        deepspeed_settings(args)  # which may be wrong
+        start_deepspeed()
         pipeline = GLMPipeline(config, self.parallel, dtype_of(args))
         if isinstance(model, GLMConfig):
             initialize(pipeline, args.seed)
@@ -114,18 +122,7 @@ class GLM3DTrainer(GLMTrainer):
     def make_engine(self) -> Any:
         """Return the engine, made when it is first needed."""
         if self.engine is None:
-            args = self.args
-            config = deepspeed_3d_config(
-                self.parallel.tensor,
-                self.parallel.pipeline,
-                self.parallel.data,
-                micro_batch_size=args.per_device_train_batch_size,
-                global_batch_size=args.global_batch_size,
-                precision=precision_of(args),
-                max_grad_norm=args.max_grad_norm,
-                base=args.deepspeed,
-            )
-            self.engine = make_engine(self.model, self.create_optimizer(), config)
+            self.engine = make_engine(self.model, self.create_optimizer(), deepspeed_settings(self.args))
             look_before_update(self.engine, self._may_update)
         return self.engine
 
@@ -186,7 +183,9 @@ class GLM3DTrainer(GLMTrainer):
         self.step_loss = torch.tensor(total / self.data_size, device=self.args.device)
         if self.args.divergence_action == "none":
             return True
-        return self._check_step(global_norm(engine))
+        norm = global_norm(engine)
+        engine.optimizer._global_grad_norm = norm  # to be logged if there is no update
+        return self._check_step(norm)
 
     @property
     def has_loss_scale(self) -> bool:
@@ -301,6 +300,21 @@ class GLM3DTrainer(GLMTrainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Do nothing: every step begins with a seed of its own."""
+
+
+def deepspeed_settings(args: GLMTrainingArguments) -> dict[str, Any]:
+    """Return the configuration of DeepSpeed that training arguments ask for."""
+    parallel = Parallel.of(args.parallel)
+    return deepspeed_3d_config(
+        parallel.tensor,
+        parallel.pipeline,
+        parallel.data,
+        micro_batch_size=args.per_device_train_batch_size,
+        global_batch_size=args.global_batch_size,
+        precision=precision_of(args),
+        max_grad_norm=args.max_grad_norm,
+        base=args.deepspeed,
+    )
 
 
 def precision_of(args: GLMTrainingArguments) -> str:

@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from .configuration_glm import GLMConfig
+
 INDEX = "model.safetensors.index.json"
 
 
@@ -17,6 +19,21 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no fields; expected a JSON object")
     return content
+
+
+def read_config(folder: str | Path, **overrides: Any) -> GLMConfig:
+    """
+    Return the configuration of a model, with some fields replaced.
+
+    Raises:
+        FileNotFoundError: If the folder has none.
+        ValueError: If it is of another type of model.
+    """
+    require_files(Path(folder), ["config.json"])
+    fields = read_json(Path(folder) / "config.json")
+    if fields.get("model_type") != GLMConfig.model_type:
+        raise ValueError(f"{folder} must hold a {GLMConfig.model_type} model, got {fields.get('model_type')}")
+    return GLMConfig.from_dict({**fields, **overrides})
 
 
 def require_files(folder: Path, names: Iterable[str]) -> None:

@@ -57,13 +57,14 @@ def make_3d_trainer(
     allow_half_on_cpu()
     args = make_arguments(folder, **(SETTINGS | changes), parallel=degrees)
     config = model if isinstance(model, GLMConfig) else GLMConfig.from_pretrained(model)
+    config.hidden_dropout = config.attention_dropout = dropout
     return GLM3DTrainer(
         model,
         args,
         DataCollatorForBlankInfilling(config, RECIPE, seed=3),
         train_dataset=Texts() if data is None else data,
         eval_dataset=Texts(EVALUATED),
-        overrides={"hidden_dropout": dropout, "attention_dropout": dropout} if dropout else None,
+        config=config,
     )
 
 

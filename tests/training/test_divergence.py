@@ -249,6 +249,16 @@ def test_gradients_that_overflow_in_half_precision_are_no_divergence(model_folde
     assert not (tmp_path / "run" / "divergence.json").exists()
 
 
+def test_losses_after_a_step_that_was_left_out_are_logged(model_folder, tmp_path):
+    trainer = make_trainer(model_folder, tmp_path, divergence_action="skip")
+    measure = trainer.compute_loss
+    trainer.compute_loss = lambda *args, **kwargs: (
+        measure(*args, **kwargs) * (torch.nan if trainer.state.global_step == 2 else 1)
+    )
+    trainer.train()
+    assert [math.isnan(loss) for loss in losses(trainer)] == [False, False, True, False, False, False]
+
+
 def test_a_loss_that_is_nan_is_a_divergence_under_a_loss_scale_too(model_folder, tmp_path):
     message = in_child(lambda: fp16_run(model_folder, tmp_path / "run", 64.0, breaks=True), tmp_path)
     assert "before the update of step 1: the loss is nan" in message
