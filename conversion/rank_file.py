@@ -50,9 +50,13 @@ class RankFile:
     fingerprint: dict[str, Any]
 
 
-def read_rank_file(path: Path) -> RankFile:
+def read_rank_file(path: Path, *, key: str | None = "module") -> RankFile:
     """
     Read the directory and the pickled structure of a rank file.
+
+    Args:
+        path: The file.
+        key: Where in its structure the tensors are, None if they are all that it holds.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -62,7 +66,7 @@ def read_rank_file(path: Path) -> RankFile:
         try:
             members, saved_as = _read_directory(path, file)
             content = torch.load(path, map_location="meta", weights_only=True)
-            module = content.get("module") if isinstance(content, dict) else None
+            module = content if key is None or not isinstance(content, dict) else content.get(key)
             tensors = {name: _locate(path, name, value, members) for name, value in _items(module)}
         except pickle.UnpicklingError as error:
             raise ValueError(
@@ -76,7 +80,8 @@ def read_rank_file(path: Path) -> RankFile:
             raise ValueError(f"{path} is not a complete zip file of torch.save, copy it again: {reason}") from error
         size = file.seek(0, 2)
     if not tensors:
-        raise ValueError(f"{path} has no tensors under the key 'module'; expected a rank file of a SAT checkpoint")
+        where = "" if key is None else f" under the key '{key}'; expected a rank file of a SAT checkpoint"
+        raise ValueError(f"{path} has no tensors{where}")
     checksums = repr(sorted((member.offset, member.nbytes, member.crc) for member in members.values()))
     return RankFile(
         path,

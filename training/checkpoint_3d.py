@@ -45,6 +45,8 @@ def save_engine(engine: Any, folder: Path, step: int) -> None:
         pipeline.config.save_pretrained(folder)
         degrees = {name: getattr(pipeline.parallel, name) for name in ("tensor", "pipeline", "data", "partition")}
         (folder / PARALLEL_FILE).write_text(json.dumps(degrees) + "\n")
+        for script in folder.glob("zero_to_*.py"):
+            script.unlink()  # which DeepSpeed adds, and which knows nothing of pipelines
 
 
 def require_own(folder: Path, config: GLMConfig) -> None:

@@ -17,12 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import (
-    PREFIX_CHECKPOINT_DIR,
-    IntervalStrategy,
-    SaveStrategy,
-    rotate_checkpoints,
-)
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy, rotate_checkpoints
 from transformers.utils import logging
 
 from glm_hf.training.arguments import GLMTrainingArguments
@@ -69,6 +64,7 @@ class GLMTrainer(Trainer):
     """
 
     args: GLMTrainingArguments
+    takes_parallel = False
 
     def __init__(
         self, model: Any = None, args: GLMTrainingArguments | None = None, data_collator: Any = None, **kwargs: Any
@@ -76,6 +72,10 @@ class GLMTrainer(Trainer):
         args = GLMTrainingArguments() if args is None else args
         if not isinstance(args, GLMTrainingArguments):
             raise ValueError(f"GLMTrainer takes GLMTrainingArguments, got {type(args).__name__}")
+        if args.parallel is not None and not self.takes_parallel:
+            raise ValueError(
+                "args.parallel is for GLM3DTrainer, which takes the folder of a model instead of the model"
+            )
         if data_collator is None:
             data_collator = DataCollatorForBlankInfilling(model.config, seed=args.seed)
         if isinstance(data_collator, DataCollatorForBlankInfilling):

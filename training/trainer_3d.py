@@ -26,6 +26,7 @@ from glm_hf.training.engine_3d import (
     start_deepspeed,
     summed,
 )
+from glm_hf.training.heartbeat import Heartbeat
 from glm_hf.training.micro_batches import Batch, common_shape, empty_batch, micro_batches, require_names
 from glm_hf.training.parallel import Parallel
 from glm_hf.training.trainer import GLMTrainer
@@ -53,6 +54,8 @@ class GLM3DTrainer(GLMTrainer):
     Raises:
         ValueError: On all processes, before any waits for another, if the model cannot be spread in this way.
     """
+
+    takes_parallel = True
 
     def __init__(
         self,
@@ -125,6 +128,16 @@ class GLM3DTrainer(GLMTrainer):
             self.engine = make_engine(self.model, self.create_optimizer(), deepspeed_settings(self.args))
             look_before_update(self.engine, self._may_update)
         return self.engine
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """
+        Train as `Trainer` does; if a process dies, all others end and name it.
+
+        Raises:
+            ConnectionError: If another process has died, failed or stopped answering.
+        """
+        with Heartbeat(self.args.process_index, self.args.world_size):
+            return super().train(*args, **kwargs)
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None

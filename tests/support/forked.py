@@ -35,8 +35,14 @@ def wait(pid: int, result: Path) -> Any:
     return value
 
 
-def run_ranks(function: Callable[[int], Any], world_size: int, folder: Path) -> list[Any]:
-    """Run `function(rank)` on processes that a launcher would have started, and return what each returns."""
+def run_ranks(
+    function: Callable[[int], Any], world_size: int, folder: Path, killed: tuple[int, ...] = ()
+) -> list[Any]:
+    """
+    Run `function(rank)` on processes that a launcher would have started, and return what each returns.
+
+    Of the ranks `killed`, which do not come to an end, it is None.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -62,4 +68,9 @@ def run_ranks(function: Callable[[int], Any], world_size: int, folder: Path) -> 
 
     results = [folder / f"rank-{rank}.pickle" for rank in range(world_size)]
     pids = [start(lambda rank=rank: rank_main(rank), result) for rank, result in enumerate(results)]
-    return [wait(pid, result) for pid, result in zip(pids, results, strict=True)]
+    for rank in killed:
+        os.waitpid(pids[rank], 0)
+    return [
+        None if rank in killed else wait(pid, result)
+        for rank, (pid, result) in enumerate(zip(pids, results, strict=True))
+    ]

@@ -2,12 +2,17 @@
 
 import json
 import math
+import os
+import signal
+import socket
+import time
 
 import pytest
 import torch
 from forked import run_ranks, start, wait
 from pipeline_runs import SETTINGS, logs_of, make_3d_trainer, same_on_all, train_3d, weights_of
 from small_runs import make_arguments, make_trainer
+from transformers.trainer_utils import get_last_checkpoint
 
 from glm_hf import GLMConfig
 from glm_hf.training import DivergenceError, GLM3DTrainer
@@ -105,6 +110,40 @@ def test_an_overflow_of_fp16_lowers_the_loss_scale_only(deep_folder, tmp_path):
     assert not (tmp_path / "run" / "divergence.json").exists()
 
 
+def test_a_killed_process_is_named_and_the_run_goes_on_from_its_last_checkpoint(deep_folder, tmp_path):
+    saving = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
+    expected = train_3d(deep_folder, tmp_path / "whole", DEGREES, **saving)
+    victim = 1
+
+    def rank_main(rank: int):
+        trainer = make_3d_trainer(deep_folder, tmp_path / "run", DEGREES, **saving)
+        if rank == victim:
+            forward = trainer.model.forward
+
+            def killed(inputs):
+                if trainer.state.global_step == 4:  # in the middle of step 5
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return forward(inputs)
+
+            trainer.model.forward = killed
+        with pytest.raises(ConnectionError) as error:
+            trainer.train()
+        return str(error.value)
+
+    begin = time.monotonic()
+    results = run_ranks(rank_main, 4, tmp_path, killed=(victim,))
+    assert time.monotonic() - begin < 60
+    for message in results[:victim] + results[victim + 1 :]:
+        assert f"rank {victim} (host {socket.gethostname()}, pid " in message
+        assert "has stopped answering; the run ends here" in message
+    last = get_last_checkpoint(str(tmp_path / "run"))
+    assert last.endswith("checkpoint-4")
+    again = train_3d(deep_folder, tmp_path / "run", DEGREES, resume=last, **saving)
+    assert again[:-1] == expected[:-1]
+    found, whole = (weights_of(tmp_path / folder / "model") for folder in ("run", "whole"))
+    assert all(torch.equal(found[name], weight) for name, weight in whole.items())
+
+
 def errors_of(rank_main, world_size: int, folder) -> set[str]:
     """Return what `rank_main(rank)` raises on all ranks, which must be the same."""
 
@@ -146,6 +185,11 @@ def test_a_model_that_cannot_be_spread_is_one_error_on_all_ranks(deep_folder, tm
     assert "tensor must divide num_attention_heads (1), got 2" in error
     [error] = errors_of(with_config({"pipeline": 2}, num_hidden_layers=1), 2, tmp_path / "layers")
     assert "pipeline must be at most the number of layers (1), got 2" in error
+
+
+def test_the_trainer_of_whole_models_refuses_degrees(deep_folder, tmp_path):
+    with pytest.raises(ValueError, match=r"args.parallel is for GLM3DTrainer"):
+        make_trainer(deep_folder, tmp_path, parallel={"data": 1})
 
 
 def test_a_quantized_model_is_refused(deep_folder, tmp_path):

@@ -18,6 +18,8 @@ from pipeline_runs import (
 )
 from small_runs import Texts, make_trainer
 
+from glm_hf.conversion import export_3d_checkpoint
+
 ALL = {"tensor": 2, "pipeline": 2, "data": 2}
 SAVING = {"save_strategy": "steps", "save_steps": 4, "eval_strategy": "steps", "eval_steps": 4}
 EXACT = 1e-5  # of losses, norms and weights: sums in another order
@@ -67,6 +69,12 @@ def test_eight_processes_train_as_one_does(alone, spread):
     assert len(steps(history)) == 10
     compare(history[:-1], alone[0][:-1], EXACT)  # the last entry sums up the run
     assert largest_difference(folder / "model", alone[1]) <= EXACT
+
+
+def test_a_checkpoint_becomes_a_folder(tmp_path, spread):
+    folder, _ = spread
+    export_3d_checkpoint(folder / "checkpoint-10", tmp_path / "model")
+    assert largest_difference(tmp_path / "model", weights_of(folder / "model")) == 0
 
 
 @pytest.mark.parametrize(("pipeline", "tensor", "data"), [(4, 1, 2), (1, 2, 2), (2, 2, 1)])
