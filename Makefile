@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: install demo test quality bench bench-conversion bench-int4 bench-decode bench-data bench-train-step clean
+.PHONY: install demo test quality bench bench-conversion bench-int4 bench-decode bench-data bench-train-step bench-training-memory \
+        clean
 
 install: $(INSTALLED)
 
@@ -51,6 +52,10 @@ bench-data: $(INSTALLED)
 
 bench-train-step: $(INSTALLED)
 	$(BIN)/python benchmarks/train_step.py
+
+# Seven minutes, 5 GB of memory
+bench-training-memory: $(INSTALLED)
+	$(BIN)/python benchmarks/training_memory.py
 
 clean:
 	rm -rf $(VENV) .cache build dist *.egg-info

@@ -7,7 +7,6 @@ the reason in one line, and 2 if the command itself is wrong.
 import argparse
 import io
 import json
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from glm_hf._version import __version__
+from glm_hf.cli_training import (
+    add_export_3d,
+    add_train,
+    add_training_plan_options,
+    plan_training,
+    require_options_of_one_plan,
+)
 
 TEXTS_AT_ONCE = 8
 
@@ -70,6 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_export_hub(commands)
     add_plan(commands)
     add_train(commands)
+    add_export_3d(commands)
     return parser
 
 
@@ -306,12 +313,11 @@ def add_plan(commands: Any) -> None:
     model = command.add_mutually_exclusive_group(required=True)
     model.add_argument("model", nargs="?", help="folder of a model; its config.json is enough")
     model.add_argument("--preset", choices=("130b",), help="instead of a folder: GLM-130B")
-    command.add_argument(
-        "--devices",
-        required=True,
-        metavar="LIST",
-        help="such as 24GiB*4, or 24GiB,cpu=64GiB,disk; auto: GPUs of torch",
+    purpose = command.add_mutually_exclusive_group(required=True)
+    purpose.add_argument(
+        "--devices", metavar="LIST", help="such as 24GiB*4, or 24GiB,cpu=64GiB,disk; auto: GPUs of torch"
     )
+    purpose.add_argument("--train", action="store_true", help="plan 3D training instead: memory, bubble and time")
     command.add_argument("--bits", type=int, choices=(4, 8, 16), help="of the layers' weights (default: as stored)")
     command.add_argument("--group-size", type=int, metavar="N", help="input features per scale (default: a row)")
     command.add_argument("--quantize-embeddings", action="store_true", help="INT8 rows, besides --bits 4 or 8")
@@ -320,24 +326,21 @@ def add_plan(commands: Any) -> None:
     command.add_argument("--tp", type=int, metavar="N", help="cut every layer over N devices: tensor parallelism")
     command.add_argument("--reserve", default="0.5GiB", metavar="SIZE", help="left free per device (default: 0.5GiB)")
     command.add_argument("--json", action="store_true", help="print the plan as JSON, sizes in bytes")
+    add_training_plan_options(command)
 
 
 def plan(options: argparse.Namespace) -> None:
     """Run `plan`."""
     from glm_hf.configuration_glm import GLMConfig
     from glm_hf.devices import parse_devices, parse_size
-    from glm_hf.model_files import read_json, require_files
+    from glm_hf.model_files import read_config
     from glm_hf.planning import plan_devices
 
-    config = GLMConfig()
-    if options.model is not None:
-        require_files(Path(options.model), ["config.json"])
-        fields = read_json(Path(options.model) / "config.json")
-        if fields.get("model_type") != GLMConfig.model_type:
-            raise ValueError(
-                f"{options.model} must hold a {GLMConfig.model_type} model, got {fields.get('model_type')}"
-            )
-        config = GLMConfig.from_dict(fields)
+    require_options_of_one_plan(options)
+    config = GLMConfig() if options.model is None else read_config(options.model)
+    if options.train:
+        plan_training(options, config)
+        return
     settings = {
         name: getattr(options, name) for name in ("bits", "group_size", "quantize_embeddings", "context", "batch")
     }
@@ -352,23 +355,6 @@ def plan(options: argparse.Namespace) -> None:
         raise ValueError(f"does not fit: {planned.advice()}")
     if not options.json:
         print(f"\n{planned.usage(options.model or 'FOLDER')}")
-
-
-def add_train(commands: Any) -> None:
-    """Add `train`."""
-    command = add_command(commands, "train", train, "Train a model as a configuration file says.")
-    command.add_argument("config", help="YAML file; examples/training holds some to start from")
-    command.add_argument("--resume", action="store_true", help="go on from the last checkpoint, if there is one")
-    command.add_argument("--output-dir", metavar="FOLDER", help="instead of the one in the file")
-
-
-def train(options: argparse.Namespace) -> None:
-    """Run `train`."""
-    from glm_hf.training.run import RunConfig, train_run
-
-    folder = train_run(RunConfig.read(options.config), resume=options.resume, output_dir=options.output_dir)
-    if os.environ.get("RANK", "0") == "0":
-        print(folder)
 
 
 if __name__ == "__main__":
