@@ -13,7 +13,9 @@ Files are read as tensors and a short list of plain types; a file that would run
 
 import collections
 import json
+import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -107,12 +109,14 @@ def _make_universal(folder: Path, tag: str) -> str:
 def convert_to_universal(src: Path, dst: Path) -> None:
     """Cut DeepSpeed's files by nothing, in a process of its own; the folder appears when it is complete."""
     partial = dst.with_name(f".{dst.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
     command = [sys.executable, "-m", "glm_hf.training.checkpoint_3d", str(src), str(partial)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip() or "no reason given").splitlines()[-1]
         raise ValueError(f"{src} cannot be cut for other degrees of parallelism: {reason}")
     partial.rename(dst)
+    (dst.parent / "latest_universal").write_text(dst.name)  # which had the other name
 
 
 def universal_info(config: GLMConfig) -> dict[str, Any]:
@@ -161,6 +165,7 @@ def main() -> None:
     workers = max(1, min(8, (os.cpu_count() or 1) // 2))
     settings = ["--num_extract_workers", str(workers), "--num_merge_workers", str(workers)]
     sys.argv[1:] = ["--input_folder", src, "--output_folder", dst, *settings]
+    multiprocessing.set_start_method("fork")  # so that workers know the plain types
     with only_plain_types():
         ds_to_universal.main(ds_to_universal.parse_arguments())
 

@@ -48,15 +48,18 @@ def deepspeed_3d_config(
         base: Further keys of DeepSpeed, or a JSON file of them; those above win.
 
     Raises:
-        ValueError: If sizes do not fit together, or `base` asks for ZeRO-2 or 3.
+        ValueError: If a size is impossible, or `base` asks for ZeRO-2 or 3 or for an optimizer on the CPU.
     """
     Parallel(tp, pp, dp)
-    given = json.loads(Path(base).read_text()) if isinstance(base, (str, Path)) else dict(base or {})
-    zero = {"reduce_bucket_size": BUCKET_SIZE, "allgather_bucket_size": BUCKET_SIZE} | given.get(
-        "zero_optimization", {}
-    )
+    given = _decided(json.loads(Path(base).read_text()) if isinstance(base, (str, Path)) else base or {})
+    zero = {"reduce_bucket_size": BUCKET_SIZE, "allgather_bucket_size": BUCKET_SIZE}
+    zero |= given.get("zero_optimization", {})
     if zero.get("stage", 1) != 1:
         raise ValueError(f"a pipeline needs ZeRO stage 1, got {zero['stage']}; leave the stage out")
+    if "offload_optimizer" in zero:
+        raise ValueError(
+            "a pipeline keeps its optimizer on the GPUs; leave offload_optimizer out, or take more copies"
+        )
     if precision not in ("fp16", "bf16", "fp32"):
         raise ValueError(f"precision must be fp16, bf16 or fp32, got {precision!r}")
     per_round = micro_batch_size * dp
@@ -71,9 +74,14 @@ def deepspeed_3d_config(
         "zero_allow_untested_optimizer": True,
     }
     for name in ("fp16", "bf16"):
-        settings = {key: value for key, value in given.get(name, {}).items() if value != "auto"}
-        config[name] = settings | {"enabled": precision == name}
-    return {key: value for key, value in config.items() if value != "auto"}
+        config[name] = given.get(name, {}) | {"enabled": precision == name}
+    return config
+
+
+def _decided(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings without those that transformers would decide, at any depth."""
+    kept = {key: value for key, value in settings.items() if value != "auto"}
+    return {key: _decided(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
 def start_deepspeed() -> None:

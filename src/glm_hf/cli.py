@@ -65,6 +65,9 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all subcommands."""
     parser = argparse.ArgumentParser(prog="glm-hf", description="GLM-130B in Hugging Face transformers.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    parser.add_argument(
+        "--local_rank", help=argparse.SUPPRESS
+    )  # from DeepSpeed's launcher, which sets LOCAL_RANK, too
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_convert(commands)
     add_quantize(commands)

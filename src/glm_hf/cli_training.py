@@ -36,9 +36,6 @@ def add_train(commands: Any) -> None:
     command.add_argument("config", help="YAML file; examples/training holds some to start from")
     command.add_argument("--resume", action="store_true", help="go on from the last checkpoint, if there is one")
     command.add_argument("--output-dir", metavar="FOLDER", help="instead of the one in the file")
-    command.add_argument(
-        "--local_rank", help=argparse.SUPPRESS
-    )  # from the launcher of DeepSpeed, which sets LOCAL_RANK
 
 
 def train(options: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from glm_hf import GLMConfig
 from glm_hf.training import DivergenceError, GLM3DTrainer
-from glm_hf.training.engine_3d import deepspeed_3d_config
+from glm_hf.training.engine_3d import BUCKET_SIZE, deepspeed_3d_config
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "training"
 
 DEGREES = {"tensor": 2, "pipeline": 2, "data": 1}
 
@@ -256,6 +259,15 @@ def test_the_configuration_of_deepspeed():
     assert config["zero_optimization"]["stage"] == 1
     assert (config["fp16"]["enabled"], config["bf16"]["enabled"]) == (True, False)
     json.dumps(config)
+    assert deepspeed_3d_config(1, 2, 3, precision="fp32")["train_batch_size"] == 6
+    file = EXAMPLES / "zero1.json"
+    assert deepspeed_3d_config(1, 2, 1, base=file)["fp16"] == {"enabled": True, "initial_scale_power": 16}
+    assert "auto" not in json.dumps(deepspeed_3d_config(1, 2, 1, base=file))
+    zero = {"zero_optimization": {"reduce_bucket_size": "auto", "round_robin_gradients": True}}
+    merged = deepspeed_3d_config(1, 1, 1, base=zero)["zero_optimization"]
+    assert merged.items() >= {"stage": 1, "reduce_bucket_size": BUCKET_SIZE, "round_robin_gradients": True}.items()
+    with pytest.raises(ValueError, match="keeps its optimizer on the GPUs"):
+        deepspeed_3d_config(1, 1, 1, base={"zero_optimization": {"offload_optimizer": {"device": "cpu"}}})
     with pytest.raises(ValueError, match="precision must be fp16, bf16 or fp32, got 'fp8'"):
         deepspeed_3d_config(1, 1, 1, precision="fp8")
     with pytest.raises(ValueError, match="tensor must be a number of at least 1"):

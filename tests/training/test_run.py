@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from forked import run_ranks
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from glm_hf import GLMForBlankInfilling, GLMQuantizationConfig
@@ -293,3 +294,41 @@ def test_numbers_are_read_as_people_write_them(settings, tmp_path):
     file.write_text(file.read_text() + "  learning_rate: 1e-4\n  initial_learning_rate: 5E-6\n")
     assert RunConfig.read(file).training["learning_rate"] == 1e-4
     assert build_trainer(RunConfig.read(file)).args.initial_learning_rate == 5e-6
+
+
+def run_parallel(settings: dict, folder: Path, world_size: int) -> list[int]:
+    """Run the command on processes as DeepSpeed's launcher starts them, and return their exit codes."""
+    pytest.importorskip("deepspeed")
+    file = write(settings, folder)
+    return run_ranks(lambda rank: main([f"--local_rank={rank}", "train", str(file)]), world_size, folder)
+
+
+@pytest.mark.parametrize("is_new", [False, True])
+def test_a_model_is_spread_over_processes(settings, tmp_path, model_folder, is_new):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24}
+    sizes["vocab_size"] = 600  # of which 2 ranks can have a half each
+    if is_new:
+        settings["model"] = {"tokenizer": str(model_folder), "config": sizes}
+    settings["parallel"] = {"pipeline": 2} if not is_new else {"tensor": 2, "pipeline": 1}
+    assert run_parallel(settings, tmp_path, 2) == [0, 0]
+    config = AutoModelForCausalLM.from_pretrained(tmp_path / "run").config
+    assert config.num_hidden_layers == (3 if is_new else 2)
+    assert AutoTokenizer.from_pretrained(tmp_path / "run").vocab_size > 0
+    assert (tmp_path / "run" / "checkpoint-2" / "parallel.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"parallel": {"tensor": 2}}, "takes 2 processes, but 1 were started"),
+        ({"parallel": {"tp": 1}}, "parallel takes tensor, pipeline, data, partition"),
+        ({"parallel": {"data": 1}, "peft": {"type": "LORA"}}, "parallel trains all weights"),
+        ({"parallel": {"data": 1}, "model": {"dtype": "float16"}}, "dtype follows from fp16 and bf16 of training"),
+        ({"parallel": {"data": 1}, "model": {"quantization": {"bits": 4}}}, "parallel trains all weights"),
+    ],
+)
+def test_what_cannot_be_spread_is_one_error(settings, tmp_path, capsys, change, message):
+    settings["model"] |= change.pop("model", {})
+    code, _, err = run_command(settings | change, tmp_path, capsys)
+    assert code == 1
+    assert message in err.splitlines()[-1]

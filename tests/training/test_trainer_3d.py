@@ -105,9 +105,12 @@ def test_a_run_goes_on_exactly_where_a_checkpoint_was(deep_folder, tmp_path, spr
 def test_a_run_goes_on_with_other_degrees(deep_folder, tmp_path, spread, pipeline, tensor, data):
     folder, history = spread
     degrees = {"tensor": tensor, "pipeline": pipeline, "data": data}
+    killed_before = folder / "checkpoint-4" / ".global_step4_universal.partial" / "zero"
+    killed_before.mkdir(parents=True, exist_ok=True)
     again = train_3d(deep_folder, tmp_path / "run", degrees, resume=folder / "checkpoint-4", **SAVING)
     compare(again[:-1], history[:-1], EXACT)
     assert largest_difference(tmp_path / "run" / "model", weights_of(folder / "model")) <= EXACT
+    assert (folder / "checkpoint-4" / "latest_universal").read_text() == "global_step4_universal"
 
 
 def test_dropout_is_drawn_again_for_checkpointed_activations_and_resumed_runs(deep_folder, tmp_path):
