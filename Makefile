@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: install demo test quality bench bench-conversion bench-int4 bench-decode bench-data bench-train-step bench-training-memory \
-        clean
+.PHONY: install demo test quality clean \
+        bench bench-conversion bench-int4 bench-decode bench-data bench-train-step bench-training-memory
 
 install: $(INSTALLED)
 

@@ -12,6 +12,7 @@ from pipeline_runs import (
     logs_of,
     make_3d_trainer,
     same_on_all,
+    save_deep_model,
     train_3d,
     weights_of,
     without_times,
@@ -111,6 +112,30 @@ def test_a_run_goes_on_with_other_degrees(deep_folder, tmp_path, spread, pipelin
     compare(again[:-1], history[:-1], EXACT)
     assert largest_difference(tmp_path / "run" / "model", weights_of(folder / "model")) <= EXACT
     assert (folder / "checkpoint-4" / "latest_universal").read_text() == "global_step4_universal"
+
+
+def test_an_output_matrix_of_its_own(model_folder, deep_folder, tmp_path):
+    """It is cut as the embedding is, trained apart, and joined again."""
+    untied = save_deep_model(model_folder, tmp_path / "model", tie_word_embeddings=False)
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+
+    def train():
+        trainer = make_trainer(untied, tmp_path / "alone", **(SETTINGS | options))
+        trainer.train()
+        trainer.save_model(str(tmp_path / "alone" / "model"))
+        return [without_times(entry) for entry in logs_of(trainer)]
+
+    expected = wait(start(train, tmp_path / "result"), tmp_path / "result")
+    degrees = {"tensor": 2, "pipeline": 2, "data": 1}
+    compare(steps(train_3d(untied, tmp_path / "run", degrees, **options)), expected, EXACT)
+    again = train_3d(untied, tmp_path / "again", {"data": 2}, resume=tmp_path / "run" / "checkpoint-2", **options)
+    compare(steps(again), expected, EXACT)
+    weights = weights_of(tmp_path / "alone" / "model")
+    assert not torch.equal(weights["lm_head.weight"], weights["model.embed_tokens.weight"])
+    assert largest_difference(tmp_path / "run" / "model", weights) <= EXACT
+    assert largest_difference(tmp_path / "again" / "model", weights) <= EXACT
+    export_3d_checkpoint(tmp_path / "run" / "checkpoint-4", tmp_path / "exported")
+    assert largest_difference(tmp_path / "exported", weights_of(tmp_path / "run" / "model")) == 0
 
 
 def test_dropout_is_drawn_again_for_checkpointed_activations_and_resumed_runs(deep_folder, tmp_path):
