@@ -352,10 +352,10 @@ class GLMTrainer(Trainer):
                 super()._save_checkpoint(model, trial)
             finally:
                 self.is_saving = False
+            if self.state.best_model_checkpoint == str(staged):
+                self.state.best_model_checkpoint = str(run / name)
             if self.args.should_save:
-                if self.state.best_model_checkpoint == str(staged):
-                    self.state.best_model_checkpoint = str(run / name)
-                    self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
+                self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
                 (staged / STATE_FILE).write_text(json.dumps(self._own_state(), indent=1) + "\n")
         if self.args.should_save:
             rotate_checkpoints(str(run), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)

@@ -8,6 +8,7 @@ import torch
 from forked import run_ranks, start, wait
 from small_runs import Texts, losses, make_trainer
 
+from glm_hf import GLMForBlankInfilling
 from glm_hf.training import DivergenceError
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "training"
@@ -25,6 +26,24 @@ def train(model_folder: Path, folder: Path, **changes):
 def alone(model_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
     return wait(start(lambda: train(model_folder, folder), folder / "result"), folder / "result")
+
+
+def test_all_ranks_return_to_the_best_model(model_folder, tmp_path):
+    """The worst, in fact, which is the earliest."""
+    saving = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    returning = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+
+    def rank_main(rank: int):
+        trainer = make_trainer(
+            model_folder, tmp_path / "run", eval_dataset=Texts(8), **(SETTINGS | saving | returning | {"max_steps": 4})
+        )
+        trainer.train()
+        return {name: weight.detach() for name, weight in trainer.model.named_parameters()}
+
+    ranks = run_ranks(rank_main, 2, tmp_path)
+    best = GLMForBlankInfilling.from_pretrained(tmp_path / "run" / "checkpoint-2", dtype="float32")
+    for found in ranks:
+        assert all(torch.equal(found[name], weight) for name, weight in best.named_parameters())
 
 
 def zero(stage: int) -> dict:

@@ -224,6 +224,19 @@ def test_all_ranks_log_the_same(deep_folder, tmp_path):
         assert (flops, total) == pytest.approx(expected)
 
 
+def test_the_best_model_comes_back_at_the_end(deep_folder, tmp_path):
+    """The worst, in fact, which is the earliest."""
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    options |= {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    history = train_3d(deep_folder, tmp_path / "run", {"pipeline": 2}, save_total_limit=2, **options)
+    first, last = (entry["eval_loss"] for entry in history if "eval_loss" in entry)
+    assert first > last
+    assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
+    for number, is_same in ((2, True), (4, False)):
+        export_3d_checkpoint(tmp_path / "run" / f"checkpoint-{number}", tmp_path / str(number))
+        assert (largest_difference(tmp_path / str(number), weights_of(tmp_path / "run" / "model")) == 0) == is_same
+
+
 def test_evaluation_before_training(deep_folder, tmp_path, alone):
     def rank_main(rank: int) -> float:
         trainer = make_3d_trainer(deep_folder, tmp_path / "run", {"tensor": 1, "pipeline": 2, "data": 1})
