@@ -250,6 +250,14 @@ class Harm:
         return open, (str(self.file), "w")
 
 
+def test_many_sums_in_bf16_are_worth_a_warning(caplog):
+    deepspeed_3d_config(1, 1, 1, global_batch_size=176, precision="fp16")
+    deepspeed_3d_config(1, 1, 1, global_batch_size=100, precision="bf16")
+    assert "add up in bf16" not in caplog.text
+    deepspeed_3d_config(1, 1, 1, global_batch_size=176, precision="bf16")
+    assert "the gradients of 176 micro-batches add up in bf16" in caplog.text
+
+
 def test_the_configuration_of_deepspeed():
     config = deepspeed_3d_config(
         4, 8, 24, micro_batch_size=1, global_batch_size=4224, base={"bf16": {"enabled": True}}
@@ -266,6 +274,8 @@ def test_the_configuration_of_deepspeed():
     zero = {"zero_optimization": {"reduce_bucket_size": "auto", "round_robin_gradients": True}}
     merged = deepspeed_3d_config(1, 1, 1, base=zero)["zero_optimization"]
     assert merged.items() >= {"stage": 1, "reduce_bucket_size": BUCKET_SIZE, "round_robin_gradients": True}.items()
+    with pytest.raises(ValueError, match="leave data_types out"):
+        deepspeed_3d_config(1, 1, 1, base={"data_types": {"grad_accum_dtype": "fp32"}})
     with pytest.raises(ValueError, match="keeps its optimizer on the GPUs"):
         deepspeed_3d_config(1, 1, 1, base={"zero_optimization": {"offload_optimizer": {"device": "cpu"}}})
     with pytest.raises(ValueError, match="precision must be fp16, bf16 or fp32, got 'fp8'"):
