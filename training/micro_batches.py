@@ -62,7 +62,7 @@ def micro_batches(
     pieces: Sequence[tuple[Batch, float | torch.Tensor]], pad_token_id: int
 ) -> Iterator[tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]]:
     """
-    Yield what a pipeline takes for every piece: inputs, and labels with the factor of their summed loss.
+    Yield what a pipeline takes for every piece: the layout `(3, B, L)`, and labels with the factor of their loss.
 
     Args:
         pieces: Batches, each with its factor.
@@ -73,7 +73,7 @@ def micro_batches(
         batch = pad_batch(piece, num_rows, length, pad_token_id)
         labels: list[Any] = [batch[name] for name in LABELS]
         labels.insert(1, torch.as_tensor(factor))
-        yield tuple(batch[name] for name in INPUTS), tuple(labels)
+        yield (torch.stack([batch[name] for name in INPUTS]),), tuple(labels)
 
 
 def common_shape(pieces: Sequence[Batch]) -> tuple[int, int]:

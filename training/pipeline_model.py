@@ -1,7 +1,7 @@
 """GLM as a pipeline: the layers of `modeling_glm`, a stage of them per process, cut over tensor-parallel ranks.
 
-Between stages travel the hidden states `(B, L, D)` and, as integers, what mask and positions follow from: `input_ids`,
-`position_ids` and `segment_ids`, each `(B, L)`. The head is part of the loss, which needs the logits of predicted
+Between stages travel the hidden states `(B, L, D)` and, as integers in one piece, what mask and positions follow from:
+the layout `(3, B, L)` of `input_ids`, `position_ids` and `segment_ids`. The head is part of the loss, which needs the logits of predicted
 tokens only.
 
 DeepSpeed numbers the parts of the model, which is how checkpoints name them: 0 the embedding, 1 to `num_layers` the
@@ -154,12 +154,13 @@ class GLMPipeline(PipelineModule):
         Apply this stage.
 
         Args:
-            inputs: The hidden states, except on the first stage, then `input_ids`, `position_ids` and `segment_ids`.
+            inputs: The hidden states, except on the first stage, then the layout.
 
         Returns:
             The same for the next stage; the normed hidden states `(B, L, D)` on the last.
         """
-        *states, input_ids, position_ids, segment_ids = inputs
+        *states, layout = inputs
+        input_ids, position_ids, segment_ids = layout
         hidden_states = states[0] if states else self._embed(input_ids)
         mask, position_ids, _ = infilling_attention(
             self.config, input_ids, hidden_states, None, position_ids, None, segment_ids
@@ -169,7 +170,7 @@ class GLMPipeline(PipelineModule):
             hidden_states = layer(hidden_states, attention_mask=mask, position_embeddings=position_embeddings)
         if self.is_last:
             return self.forward_funcs[-2](hidden_states)
-        return hidden_states, input_ids, position_ids, segment_ids
+        return hidden_states, layout
 
     def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         embeddings = self.forward_funcs[0](input_ids)

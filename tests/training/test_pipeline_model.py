@@ -59,9 +59,9 @@ def test_logits_of_the_original_code_come_out_of_a_pipeline(tmp_path, case):
         pipeline = filled(tmp_path / "model", parallel)
         config = deepspeed_3d_config(2, 2, 1, micro_batch_size=len(is_token), precision="fp32")
         engine = make_engine(pipeline, torch.optim.AdamW(pipeline.parameters()), config)
-        inputs = (arrays["input_ids"].long(), arrays["position_ids"].long(), is_token.long())
-        labels = (torch.full_like(inputs[0], -100), torch.tensor(1.0))
-        batch = iter([(inputs, labels)] * 2)  # both stages are busy
+        layout = torch.stack((arrays["input_ids"].long(), arrays["position_ids"].long(), is_token.long()))
+        labels = (torch.full_like(layout[0], -100), torch.tensor(1.0))
+        batch = iter([((layout,), labels)] * 2)  # both stages are busy
         _, hidden = engine.eval_batch(batch, True, bcast_loss=False, reduce_output=None, num_micro_batches=2)
         return pipeline.forward_funcs[-1].logits(hidden).detach() if pipeline.is_last else None
 
