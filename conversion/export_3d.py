@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 from glm_hf.configuration_glm import GLMConfig
@@ -28,10 +27,10 @@ from glm_hf.conversion.partial_folder import write_in_segments
 from glm_hf.conversion.quantize import WEIGHT_FILES
 from glm_hf.conversion.rank_file import RankFile, describe, read_rank_file
 from glm_hf.conversion.safetensors_writer import ShardFile, plan_shards, write_index
-from glm_hf.conversion.shard_rules import REPLICATED, ShardRule, shard_rule
+from glm_hf.conversion.shard_rules import REPLICATED, shard_rule
 from glm_hf.conversion.stored_tensor import StoredTensor, check_member
 from glm_hf.conversion.streams import read_merged
-from glm_hf.model_files import read_json
+from glm_hf.model_files import read_config, read_json
 from glm_hf.modeling_glm import GLMForBlankInfilling
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -122,7 +121,7 @@ class Checkpoint3D:
         for part in self._parts[name]:
             if part.member and not part.is_whole_member:
                 check_member(part.member, part.name)
-        return read_merged(_rule(name), self._parts[name])
+        return read_merged(shard_rule(name), self._parts[name])
 
     def check_values(self) -> None:
         """
@@ -132,7 +131,7 @@ class Checkpoint3D:
             ValueError: If a tensor that is not cut differs between ranks, or a tied output matrix from the embedding.
         """
         for name, parts in self._parts.items():
-            for part in parts[1:] if _rule(name) == REPLICATED else ():
+            for part in parts[1:] if shard_rule(name) == REPLICATED else ():
                 _require_equal(parts[0], part, "all ranks must hold the same")
         for part, copy in zip(self._parts[EMBEDDING], self._copies, strict=False):
             _require_equal(part, copy, "the output matrix is tied to the embedding")
@@ -167,15 +166,10 @@ def _deepspeed_folder(src: Path) -> Path:
 
 
 def _read_config(src: Path) -> GLMConfig:
-    fields = read_json(src / "config.json")
-    if fields.get("model_type") != GLMConfig.model_type:
-        raise ValueError(f"{src} must be of a model of type {GLMConfig.model_type}, got {fields.get('model_type')}")
-    if fields.get("quantization_config") is not None:
+    config = read_config(src)
+    if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{src}/config.json has a quantization_config, but weights in training are not quantized")
-    try:
-        return GLMConfig.from_dict(fields)
-    except (StrictDataclassError, AttributeError, TypeError) as error:
-        raise ValueError(f"{src}/config.json is not valid: {error.__cause__ or error}") from error
+    return config
 
 
 def _read_tp_size(src: Path) -> int:
@@ -187,11 +181,6 @@ def _read_tp_size(src: Path) -> int:
 
 def _file_name(part: int, rank: int) -> str:
     return f"layer_{part:02d}-model_{rank:02d}-model_states.pt"
-
-
-def _rule(name: str) -> ShardRule:
-    """Return the rule of a parameter; an output matrix of its own is cut as the embedding is."""
-    return shard_rule(EMBEDDING if name == "lm_head.weight" else name)
 
 
 def _places(tensors: dict[str, Tensor], config: GLMConfig, has_copy: bool) -> list[dict[str, str]]:
@@ -233,7 +222,7 @@ def _read_part_file(path: Path) -> RankFile:
 
 def _shard_shape(name: str, tensor: Tensor, tp_size: int) -> tuple[int, ...]:
     try:
-        return _rule(name).shard_shape(tensor.shape, tp_size)
+        return shard_rule(name).shard_shape(tensor.shape, tp_size)
     except ValueError as error:
         raise ValueError(f"config.json and parallel.json do not fit: {name}: {error}") from error
 

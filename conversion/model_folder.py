@@ -11,17 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from glm_hf.configuration_glm import GLMConfig
 from glm_hf.conversion.model_tensors import model_tensors, quantization_config
 from glm_hf.conversion.safetensors_writer import DTYPE_NAMES
 from glm_hf.conversion.shard_rules import REPLICATED
 from glm_hf.conversion.stored_tensor import StoredTensor, contiguous_stride
 from glm_hf.conversion.streams import read_merged
-from glm_hf.model_files import read_json, require_files, weight_files
+from glm_hf.model_files import parse_config, read_json, require_files, weight_files
 
 
 class ModelFolder:
@@ -45,20 +43,15 @@ class ModelFolder:
         self._folder = Path(src)
         require_files(self._folder, ["config.json"])
         fields = read_json(self._folder / "config.json")
-        if fields.get("model_type") != GLMConfig.model_type:
-            raise ValueError(f"{src} must be a model of type {GLMConfig.model_type}, got {fields.get('model_type')}")
-        self.quantization = None
-        if stored_as := fields.pop("quantization_config", None):
+        stored_as = fields.pop("quantization_config", None)
+        self.config, self.quantization = parse_config(fields, src), None
+        if stored_as:
             if not isinstance(stored_as, dict):
                 raise ValueError(f"{src}/config.json: quantization_config must be an object, got {stored_as}")
             try:
                 self.quantization = quantization_config(**stored_as)
             except ValueError as error:
                 raise ValueError(f"{src}/config.json: {error}") from error
-        try:
-            self.config = GLMConfig.from_dict(fields)
-        except (StrictDataclassError, AttributeError, TypeError) as error:
-            raise ValueError(f"{src}/config.json is not valid: {error.__cause__ or error}") from error
         paths = weight_files(self._folder)
         self._stored: dict[str, StoredTensor] = {}
         for stored in (stored for path in paths for stored in _read_header(path)):

@@ -91,6 +91,7 @@ SHARD_RULES = {
     "mlp.dense_4h_to_h.bias": REPLICATED,
     "model.norm.weight": REPLICATED,
     "model.norm.bias": REPLICATED,
+    "lm_head.weight": COLUMN,
 }
 
 

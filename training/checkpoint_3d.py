@@ -123,8 +123,8 @@ def universal_info(config: GLMConfig) -> dict[str, Any]:
     """Return what DeepSpeed has to know of a pipeline's parameters to join what was cut, from the shard rules."""
 
     def patterns(wanted: ShardRule) -> list[str]:
-        rules = {name: rule for name, rule in SHARD_RULES.items() if not name.startswith("model.")}
-        return [rf"\d+\.{name.replace('.', '[.]')}$" for name, rule in rules.items() if rule == wanted]
+        names = [name for name, rule in SHARD_RULES.items() if rule == wanted and not name.startswith("model.")]
+        return [rf"\d+\.{name.replace('.', '[.]')}$" for name in names]
 
     norm = config.num_hidden_layers + 1
     return {

@@ -1,8 +1,8 @@
 """GLM as a pipeline: the layers of `modeling_glm`, a stage of them per process, cut over tensor-parallel ranks.
 
 Between stages travel the hidden states `(B, L, D)` and, as integers in one piece, what mask and positions follow from:
-the layout `(3, B, L)` of `input_ids`, `position_ids` and `segment_ids`. The head is part of the loss, which needs the logits of predicted
-tokens only.
+the layout `(3, B, L)` of `input_ids`, `position_ids` and `segment_ids`. The head is part of the loss, which needs the
+logits of predicted tokens only.
 
 DeepSpeed numbers the parts of the model, which is how checkpoints name them: 0 the embedding, 1 to `num_layers` the
 layers, then the final norm and the output matrix, which is the embedding again when they are tied.

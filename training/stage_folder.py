@@ -11,12 +11,12 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import distributed as dist
 
+from glm_hf.conversion.shard_rules import shard_rule
 from glm_hf.model_files import INDEX
 from glm_hf.modeling_glm import GLMForBlankInfilling
 from glm_hf.new_folder import sync_tree
 from glm_hf.training.pipeline_model import GLMPipeline
 from glm_hf.training.stage_weights import named_weights
-from glm_hf.training.tensor_parallel import rule_of
 
 STAGING = ".partial-model"
 
@@ -86,7 +86,7 @@ def _joined(pipeline: GLMPipeline, name: str, part: torch.Tensor) -> torch.Tenso
     if ranks.size > 1:
         parts = [torch.empty_like(part) for _ in range(ranks.size)] if ranks.rank == 0 else []
         dist.gather(part, parts or None, group=ranks.group, group_dst=0)
-    return rule_of(name).merge(parts).cpu().contiguous() if parts else part
+    return shard_rule(name).merge(parts).cpu().contiguous() if parts else part
 
 
 def _write_small_files(pipeline: GLMPipeline, folder: Path, shards: dict[str, list[str]]) -> None:

@@ -13,11 +13,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from glm_hf.conversion.shard_rules import ShardRule
+from glm_hf.conversion.shard_rules import ShardRule, shard_rule
 from glm_hf.model_files import weight_files
 from glm_hf.modeling_glm import GLMLayer, GLMModel
 from glm_hf.training.pipeline_model import GLMPipeline
-from glm_hf.training.tensor_parallel import rule_of
 
 
 def named_weights(pipeline: GLMPipeline) -> Iterator[tuple[str, nn.Parameter]]:
@@ -75,7 +74,7 @@ def _opened(path: Path) -> safe_open:
 
 def _read_part(stored: Any, name: str, parameter: nn.Parameter, pipeline: GLMPipeline) -> None:
     """Copy a rank's part of a stored tensor into its parameter."""
-    rule, ranks = rule_of(name), pipeline.ranks
+    rule, ranks = shard_rule(name), pipeline.ranks
     shape = tuple(stored.get_shape())
     expected = rule.full_shape(parameter.shape, ranks.size)
     if shape != expected:
@@ -104,7 +103,7 @@ def initialize(pipeline: GLMPipeline, seed: int) -> None:
             torch.manual_seed(seed + number)
             whole = _drawn(model, module)
         for name, parameter in module.named_parameters():
-            part = rule_of(prefix + name).split(whole.get_parameter(name), pipeline.ranks.size)[pipeline.ranks.rank]
+            part = shard_rule(prefix + name).split(whole.get_parameter(name), pipeline.ranks.size)[pipeline.ranks.rank]
             parameter.copy_(part)
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from glm_hf.configuration_glm import GLMConfig
-from glm_hf.conversion.shard_rules import REPLICATED, ShardRule, shard_rule
+from glm_hf.conversion.shard_rules import REPLICATED, shard_rule
 from glm_hf.modeling_glm import GLMLayer
 
 
@@ -154,11 +154,6 @@ class VocabParallelEmbedding(nn.Module):
         return rows.clamp(0, len(self.weight) - 1), is_here
 
 
-def rule_of(name: str) -> ShardRule:
-    """Return how a parameter of the model is cut; an output matrix of its own is cut as the embedding is."""
-    return shard_rule("model.embed_tokens.weight" if name == "lm_head.weight" else name)
-
-
 def cut_layer(layer: GLMLayer, ranks: TensorGroup) -> GLMLayer:
     """
     Replace the linears of a layer on meta by those of one rank, and return the layer.
@@ -192,7 +187,7 @@ def mark_cut(module: nn.Module, prefix: str, ranks: TensorGroup) -> None:
         ranks: Of the layer.
     """
     for name, parameter in module.named_parameters():
-        is_cut = ranks.size > 1 and rule_of(prefix + name) != REPLICATED
+        is_cut = ranks.size > 1 and shard_rule(prefix + name) != REPLICATED
         parameter.tensor_model_parallel = is_cut  # type: ignore[attr-defined]
 
 

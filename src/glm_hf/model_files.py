@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
+
 from .configuration_glm import GLMConfig
 
 INDEX = "model.safetensors.index.json"
@@ -27,13 +29,20 @@ def read_config(folder: str | Path, **overrides: Any) -> GLMConfig:
 
     Raises:
         FileNotFoundError: If the folder has none.
-        ValueError: If it is of another type of model.
+        ValueError: If it is of another type of model, or not valid.
     """
     require_files(Path(folder), ["config.json"])
-    fields = read_json(Path(folder) / "config.json")
+    return parse_config({**read_json(Path(folder) / "config.json"), **overrides}, folder)
+
+
+def parse_config(fields: dict[str, Any], folder: str | Path) -> GLMConfig:
+    """Return the configuration of `fields` from a folder; ValueError if it is of another type, or not valid."""
     if fields.get("model_type") != GLMConfig.model_type:
         raise ValueError(f"{folder} must hold a {GLMConfig.model_type} model, got {fields.get('model_type')}")
-    return GLMConfig.from_dict({**fields, **overrides})
+    try:
+        return GLMConfig.from_dict(fields)
+    except (StrictDataclassError, AttributeError, TypeError) as error:
+        raise ValueError(f"{folder}/config.json is not valid: {error.__cause__ or error}") from error
 
 
 def require_files(folder: Path, names: Iterable[str]) -> None:

@@ -220,7 +220,7 @@ def test_folder_that_is_damaged_or_incomplete(folder, tmp_path):
 
 def test_folder_of_another_kind(folder, tmp_path):
     (folder / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(ValueError, match=r"must be a model of type glm130b, got gpt2"):
+    with pytest.raises(ValueError, match=r"must hold a glm130b model, got gpt2"):
         export_sat_checkpoint(folder, tmp_path / "sat", tp_size=1)
 
 

@@ -254,7 +254,7 @@ def test_degree_that_is_no_number(tensor, src, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model_type": "gpt2"}, r"must be of a model of type glm130b, got gpt2"),
+        ({"model_type": "gpt2"}, r"must hold a glm130b model, got gpt2"),
         ({"quantization_config": {"bits": 4}}, r"config.json has a quantization_config, but weights in training are"),
         ({"hidden_size": "wide"}, r"config.json is not valid: "),
         ({"num_hidden_layers": 5}, r"layer_06-model_00-model_states.pt is missing: .* tell of 7 parts on 2 tensor"),

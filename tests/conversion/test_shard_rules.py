@@ -117,4 +117,4 @@ def test_row_parallel_biases_and_norms_are_replicated():
 
 def test_unknown_name_has_no_rule():
     with pytest.raises(KeyError, match="lm_head"):
-        shard_rule("lm_head.weight")
+        shard_rule("lm_head.bias")
