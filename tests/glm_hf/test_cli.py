@@ -14,16 +14,6 @@ TEXT = "the people [MASK] the time"
 TWO = "the [MASK] people have [MASK] time"
 
 
-@pytest.fixture
-def run(capsys):
-    def run_command(*arguments):
-        code = main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run_command
-
-
 def last_line(text):
     return text.strip().splitlines()[-1]
 

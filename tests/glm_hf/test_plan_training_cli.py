@@ -10,16 +10,6 @@ from glm_hf.configuration_glm import GLMConfig
 PAPER = ["plan", "--train", "--preset", "130b", "--tensor", 4, "--pipeline", 8, "--data", 24, "--global-batch", 4224]
 
 
-@pytest.fixture
-def run(capsys):
-    def run_command(*arguments):
-        code = main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run_command
-
-
 def test_the_run_of_the_paper_is_planned(run):
     code, out, err = run(*PAPER, "--micro-batch", 1, "--sequence", 2048, "--gpu", "A100-40GB")
     assert (code, err) == (0, "")
