@@ -9,7 +9,7 @@ from forked import run_ranks, start, wait
 from small_runs import Texts, losses, make_trainer
 
 from glm_hf import GLMForBlankInfilling
-from glm_hf.training import DivergenceError
+from glm_hf.training import DivergenceError, GLMTrainingArguments
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "training"
 SETTINGS = {"max_steps": 5, "per_device_train_batch_size": 2, "embedding_gradient_shrink": 0.3}
@@ -26,6 +26,17 @@ def train(model_folder: Path, folder: Path, **changes):
 def alone(model_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
     return wait(start(lambda: train(model_folder, folder), folder / "result"), folder / "result")
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="processes have devices of their own")
+def test_processes_without_a_device_know_of_each_other(tmp_path):
+    """transformers takes them for one each, unless it is told to use the CPU."""
+
+    def rank_main(rank: int) -> tuple[int, int]:
+        args = GLMTrainingArguments(output_dir=str(tmp_path))
+        return args.process_index, args.world_size
+
+    assert run_ranks(rank_main, 2, tmp_path) == [(0, 2), (1, 2)]
 
 
 def test_all_ranks_return_to_the_best_model(model_folder, tmp_path):
