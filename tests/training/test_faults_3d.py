@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from forked import run_ranks, start, wait
-from pipeline_runs import SETTINGS, logs_of, make_3d_trainer, same_on_all, train_3d, weights_of
+from pipeline_runs import SETTINGS, logs_of, make_3d_trainer, same_on_all, train_3d, weights_of, without_times
 from small_runs import make_arguments, make_trainer
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -80,19 +80,65 @@ def test_a_diverging_step_stops_all_ranks_before_its_update(deep_folder, tmp_pat
     assert same_on_all(rank_main, DEGREES, tmp_path / "ranks")
 
 
-def test_a_leap_of_the_embeddings_gradient_is_noticed(deep_folder, tmp_path):
-    def rank_main(rank: int):
-        trainer = make_3d_trainer(
-            deep_folder, tmp_path / "run", {"pipeline": 2, "data": 2}, max_steps=30, divergence_action="skip"
-        )
-        spoil(trainer, 28, 1e3)
-        trainer.train()
-        return trainer.engine.skipped_steps
+def test_a_leap_of_the_embeddings_gradient_is_left_out_as_in_one_process(deep_folder, tmp_path):
+    """Of a gradient that is finite nothing may reach the weights, nor the next step."""
+    degrees = {"pipeline": 2, "data": 2}
+    options = {"max_steps": 24, "divergence_action": "skip"}
 
-    assert same_on_all(rank_main, {"pipeline": 2, "data": 2}, tmp_path / "ranks") == 1
+    def rank_main(rank: int):
+        trainer = make_3d_trainer(deep_folder, tmp_path / "run", degrees, **options)
+        spoil(trainer, 22, 1e3)
+        trainer.train()
+        trainer.save_model(str(tmp_path / "run" / "model"))
+        return trainer.engine.skipped_steps, [without_times(entry) for entry in logs_of(trainer)]
+
+    def whole():
+        trainer = make_trainer(deep_folder, tmp_path / "alone", **(SETTINGS | options))
+        measure = trainer.compute_loss
+        trainer.compute_loss = lambda *args, **kwargs: (
+            measure(*args, **kwargs) * (1e3 if trainer.state.global_step == 21 else 1)
+        )
+        trainer.train()
+        trainer.save_model(str(tmp_path / "alone" / "model"))
+        return [without_times(entry) for entry in logs_of(trainer)]
+
+    expected = wait(start(whole, tmp_path / "result"), tmp_path / "result")
+    skipped, history = same_on_all(rank_main, degrees, tmp_path / "ranks")
+    assert skipped == 1
+    for found, known in zip(history, expected, strict=True):
+        assert found == pytest.approx(known, rel=1e-5, abs=2e-5), known["step"]
+    found, known = weights_of(tmp_path / "run" / "model"), weights_of(tmp_path / "alone" / "model")
+    assert max(float((found[name] - known[name]).abs().max()) for name in known) <= 5e-5  # after 24 steps
     [event] = json.loads((tmp_path / "run" / "divergence.json").read_text())
-    assert event["step"] == 28
+    assert event["step"] == 22
     assert "the norm of the embedding's gradient is" in event["reason"]
+
+
+def test_a_gradient_that_is_not_finite_stops_all_ranks_though_the_loss_is(deep_folder, tmp_path):
+    def rank_main(rank: int):
+        trainer = make_3d_trainer(deep_folder, tmp_path / "run", DEGREES, max_steps=3)
+        if rank == 3:
+            weight = trainer.model.layers[-1].mlp.dense_4h_to_h.weight
+            weight.register_hook(lambda gradient: gradient * (math.inf if trainer.state.global_step == 1 else 1))
+        with pytest.raises(DivergenceError, match="before the update of step 2: the norm of the gradient is inf"):
+            trainer.train()
+        return True
+
+    assert same_on_all(rank_main, DEGREES, tmp_path / "ranks")
+
+
+def test_norms_before_the_update_are_without_the_loss_scale(deep_folder, tmp_path):
+    def rank_main(rank: int):
+        trainer = make_3d_trainer(deep_folder, tmp_path / "run", {"pipeline": 2}, max_steps=3, fp16=True)
+        seen = []
+        check = trainer._check_step
+        trainer._check_step = lambda norm: seen.append(norm) or check(norm)
+        trainer.train()
+        return seen, [entry["grad_norm"] for entry in logs_of(trainer)], trainer.engine.skipped_steps
+
+    seen, logged, skipped = same_on_all(rank_main, {"pipeline": 2}, tmp_path / "ranks")
+    assert skipped == 0
+    assert seen == pytest.approx(logged, rel=1e-5)
 
 
 def test_an_overflow_of_fp16_lowers_the_loss_scale_only(deep_folder, tmp_path):
@@ -267,6 +313,8 @@ def test_the_configuration_of_deepspeed():
     assert config["zero_optimization"]["stage"] == 1
     assert (config["fp16"]["enabled"], config["bf16"]["enabled"]) == (True, False)
     json.dumps(config)
+    assert deepspeed_3d_config(1, 1, 1, base={"prescale_gradients": True})["prescale_gradients"] is True
+    assert deepspeed_3d_config(1, 1, 1, micro_batch_size=2, global_batch_size=5)["gradient_accumulation_steps"] == 3
     assert deepspeed_3d_config(1, 2, 3, precision="fp32")["train_batch_size"] == 6
     file = EXAMPLES / "zero1.json"
     assert deepspeed_3d_config(1, 2, 1, base=file)["fp16"] == {"enabled": True, "initial_scale_power": 16}

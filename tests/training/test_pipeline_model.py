@@ -110,6 +110,45 @@ def test_a_folder_comes_out_as_it_went_in(deep_folder, tmp_path, dtype, is_tied)
     assert index["weight_map"] == {name: file for file, tensors in stored.items() for name in tensors}
     assert index["metadata"]["total_size"] == sum(t.nbytes for tensors in stored.values() for t in tensors.values())
     assert again.config.tie_word_embeddings == is_tied
+    fields = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (fields["architectures"], fields["dtype"]) == (["GLMForBlankInfilling"], dtype)
+
+
+def test_a_single_file_leaves_no_index_of_an_earlier_model(deep_folder, tmp_path):
+    def rank_main():
+        from glm_hf.training.stage_folder import save_folder
+
+        pipeline = filled(deep_folder, Parallel())
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "model.safetensors.index.json").write_text("{}")
+        (tmp_path / "out" / "model-00001-of-00002.safetensors").write_bytes(b"of an earlier model")
+        save_folder(pipeline, tmp_path / "out")
+
+    alone(rank_main, tmp_path / "ranks")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"config.json", "generation_config.json", "model.safetensors"}
+
+
+def test_activations_are_recomputed_in_the_layers_that_are_asked_for(deep_folder, tmp_path):
+    def rank_main():
+        pipeline = filled(deep_folder, Parallel(pipeline=2, partition=(1, 3)))
+        pipeline.activation_checkpointing_enable({"preserve_rng_state": False}, every_n_layers=2)
+        settings = [layer._gradient_checkpointing_func.keywords for layer in pipeline.layers]
+        assert all(one == {"use_reentrant": False, "preserve_rng_state": False} for one in settings)
+        flags = [layer.gradient_checkpointing for layer in pipeline.layers]
+        calls = []
+        layer = pipeline.layers[flags.index(True)]
+        layer.attention.register_forward_hook(lambda *_: calls.append(1))
+        states = torch.randn(1, 3, 32, requires_grad=True)
+        positions = pipeline.rotary_emb(states, torch.arange(3)[None])
+        pipeline.train()
+        layer(states, position_embeddings=positions).sum().backward()
+        with pytest.raises(ValueError, match="offload is not supported"):
+            pipeline.activation_checkpointing_enable(offload=True)
+        return flags, len(calls)
+
+    ranks = spread(rank_main, Parallel(pipeline=2), tmp_path / "ranks")
+    assert ranks == [([True], 2), ([False, True, False], 2)]  # of layers 0 to 3, the even ones
 
 
 def test_new_weights_do_not_depend_on_how_a_model_is_spread(deep_folder, tmp_path):

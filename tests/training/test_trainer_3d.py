@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,10 +20,15 @@ from pipeline_runs import (
 )
 from small_runs import Texts, make_trainer
 
+from glm_hf import GLMConfig
 from glm_hf.conversion import export_3d_checkpoint
+from glm_hf.training import GLM3DTrainer
+from glm_hf.training.parallel import Parallel
+from glm_hf.training.trainer_3d import EVAL_ROUNDS
 
 ALL = {"tensor": 2, "pipeline": 2, "data": 2}
 SAVING = {"save_strategy": "steps", "save_steps": 4, "eval_strategy": "steps", "eval_steps": 4}
+SAVING |= {"per_device_eval_batch_size": 2}  # 5 batches, which 2 copies of the model cannot share equally
 EXACT = 1e-5  # of losses, norms and weights: sums in another order
 
 
@@ -167,6 +173,7 @@ def test_ranks_of_a_layer_drop_alike_but_for_their_heads(deep_folder, tmp_path):
     assert (heads != other_heads).all()
     assert torch.equal(rest, other_rest)
     assert len(rest.unique(dim=0)) == len(rest)  # another time, another draw
+    assert len(heads.unique(dim=0)) == len(heads)
     assert all(map(torch.equal, whole, other_whole))
 
 
@@ -207,11 +214,12 @@ def test_rows_that_are_not_shared_equally_are_filled_up(deep_folder, tmp_path):
 def test_all_ranks_log_the_same(deep_folder, tmp_path):
     def rank_main(rank: int):
         trainer = make_3d_trainer(
-            deep_folder, tmp_path / "run", {"tensor": 2, "pipeline": 1, "data": 1}, max_steps=1, peak_tflops=0.001
+            deep_folder, tmp_path / "run", {"tensor": 2, "pipeline": 2, "data": 1}, max_steps=1, peak_tflops=0.001
         )
         trainer.train()
         [log] = logs_of(trainer)
-        return trainer.flops_per_token, trainer.state.total_flos, log["tokens_per_second"], log["mfu"]
+        rows = [sample for sample, _ in trainer.meter.losses_of_rows()]
+        return (trainer.flops_per_token, trainer.state.total_flos), log["tokens_per_second"], log["mfu"], rows
 
     def whole():
         trainer = make_trainer(deep_folder, tmp_path / "alone", **(SETTINGS | {"max_steps": 1}))
@@ -219,9 +227,11 @@ def test_all_ranks_log_the_same(deep_folder, tmp_path):
         return trainer.flops_per_token, trainer.state.total_flos
 
     expected = wait(start(whole, tmp_path / "result"), tmp_path / "result")
-    for flops, total, speed, share in run_ranks(rank_main, 2, tmp_path):
-        assert share == pytest.approx(flops * speed / (2 * 1e9))
-        assert (flops, total) == pytest.approx(expected)
+    ranks = run_ranks(rank_main, 4, tmp_path)
+    for found, speed, share, _ in ranks:
+        assert found == pytest.approx(expected)
+        assert share == pytest.approx(found[0] * speed / (4 * 1e9))
+    assert [len(rows) for *_, rows in ranks] == [0, 0, 16, 0]  # every row is counted once
 
 
 def test_the_best_model_comes_back_at_the_end(deep_folder, tmp_path):
@@ -237,14 +247,49 @@ def test_the_best_model_comes_back_at_the_end(deep_folder, tmp_path):
         assert (largest_difference(tmp_path / str(number), weights_of(tmp_path / "run" / "model")) == 0) == is_same
 
 
-def test_evaluation_before_training(deep_folder, tmp_path, alone):
+def test_evaluation_before_training(deep_folder, tmp_path):
+    """Of more batches than are evaluated in one go."""
+    single = {"per_device_eval_batch_size": 1}
+    assert EVALUATED > EVAL_ROUNDS * 2
+
     def rank_main(rank: int) -> float:
-        trainer = make_3d_trainer(deep_folder, tmp_path / "run", {"tensor": 1, "pipeline": 2, "data": 1})
+        trainer = make_3d_trainer(deep_folder, tmp_path / "run", {"tensor": 1, "pipeline": 2, "data": 1}, **single)
         return trainer.evaluate()["eval_loss"]
 
     def whole() -> float:
-        trainer = make_trainer(deep_folder, tmp_path / "alone", eval_dataset=Texts(EVALUATED), **SETTINGS)
+        trainer = make_trainer(deep_folder, tmp_path / "alone", eval_dataset=Texts(EVALUATED), **(SETTINGS | single))
         return trainer.evaluate()["eval_loss"]
 
     expected = wait(start(whole, tmp_path / "result"), tmp_path / "result")
     assert same_on_all(rank_main, {"pipeline": 2}, tmp_path / "ranks") == pytest.approx(expected, abs=EXACT)
+
+
+def test_a_checkpoint_of_the_model_only_is_a_folder(deep_folder, tmp_path):
+    options = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1, "save_only_model": True}
+    train_3d(deep_folder, tmp_path / "run", {"pipeline": 2}, **options)
+    weights = weights_of(tmp_path / "run" / "model")
+    assert largest_difference(tmp_path / "run" / "checkpoint-1", weights) == 0
+    assert not (tmp_path / "run" / "checkpoint-1" / "parallel.json").exists()
+
+
+def test_steps_and_places_draw_apart_but_ranks_of_a_layer_alike():
+    def seed(rank: int, step: int = 3, seed: int = 1) -> int:
+        parallel = Parallel(tensor=2, pipeline=2, data=2)
+        stage, data_rank, _ = parallel.coordinates(rank)
+        args, state = SimpleNamespace(seed=seed), SimpleNamespace(global_step=step)
+        return GLM3DTrainer._seed_of_step(SimpleNamespace(args=args, state=state, stage=stage, data_rank=data_rank))
+
+    assert [seed(rank) == seed(rank + 1) for rank in range(0, 8, 2)] == [True] * 4
+    assert len({seed(0), seed(2), seed(4), seed(6), seed(0, step=4), seed(0, seed=2)}) == 6
+    assert all(0 <= seed(rank) < 2**63 for rank in range(8))
+
+
+def test_a_new_model_follows_the_seed(deep_folder, tmp_path):
+    config = GLMConfig.from_pretrained(deep_folder)
+
+    def rank_main(rank: int) -> list[float]:
+        trainers = [make_3d_trainer(config, tmp_path / "run", {}, seed=seed) for seed in (1, 1, 2)]
+        return [float(trainer.model.layers[0].mlp.dense_4h_to_h.weight.sum()) for trainer in trainers]
+
+    first, again, other = same_on_all(rank_main, {}, tmp_path / "ranks")
+    assert first == again != other
