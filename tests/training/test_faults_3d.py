@@ -265,6 +265,9 @@ def test_checkpoints_of_something_else_are_refused(deep_folder, tmp_path):
     wider = GLMConfig.from_dict(config | {"intermediate_size": 128})
     [error] = errors_of(resume(wider, checkpoint), 2, tmp_path / "wider")
     assert "is of another model: its intermediate_size is 64, but here it is 128" in error
+    untied = GLMConfig.from_dict(config | {"tie_word_embeddings": False})
+    [error] = errors_of(resume(untied, checkpoint), 2, tmp_path / "untied")
+    assert "its tie_word_embeddings is True, but here it is False" in error
     [error] = errors_of(resume(deep_folder, tmp_path / "run" / "model"), 2, tmp_path / "folder")
     assert "is no checkpoint of 3D-parallel training; to begin with its weights, give it as the model" in error
     [error] = errors_of(resume(deep_folder, tmp_path / "nowhere"), 2, tmp_path / "nothing")

@@ -103,15 +103,18 @@ def test_sixteen_bits_stay_close(deep_folder, tmp_path, alone, precision):
 
 def test_a_run_goes_on_exactly_where_a_checkpoint_was(deep_folder, tmp_path, spread):
     folder, history = spread
-    again = train_3d(deep_folder, tmp_path / "run", ALL, resume=folder / "checkpoint-4", **SAVING)
+    again = train_3d(deep_folder, tmp_path / "run", ALL, resume=folder / "checkpoint-8", **SAVING)
     assert steps(again) == steps(history)
+    assert not (folder / "checkpoint-8" / "global_step8_universal").exists()  # nothing had to be cut anew
     assert largest_difference(tmp_path / "run" / "model", weights_of(folder / "model")) == 0
 
 
-@pytest.mark.parametrize(("pipeline", "tensor", "data"), [(1, 1, 2), (4, 1, 2), (1, 2, 1)])
-def test_a_run_goes_on_with_other_degrees(deep_folder, tmp_path, spread, pipeline, tensor, data):
+@pytest.mark.parametrize(
+    ("pipeline", "tensor", "data", "partition"), [(1, 1, 2, None), (4, 1, 2, None), (1, 2, 1, None), (2, 2, 2, [1, 3])]
+)
+def test_a_run_goes_on_with_other_degrees(deep_folder, tmp_path, spread, pipeline, tensor, data, partition):
     folder, history = spread
-    degrees = {"tensor": tensor, "pipeline": pipeline, "data": data}
+    degrees = {"tensor": tensor, "pipeline": pipeline, "data": data, "partition": partition}
     killed_before = folder / "checkpoint-4" / ".global_step4_universal.partial" / "zero"
     killed_before.mkdir(parents=True, exist_ok=True)
     again = train_3d(deep_folder, tmp_path / "run", degrees, resume=folder / "checkpoint-4", **SAVING)
