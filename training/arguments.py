@@ -1,9 +1,11 @@
 """What a training run is told, beside its data."""
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import distributed as dist
 from transformers import TrainingArguments
 
 from glm_hf.training.parallel import Parallel
@@ -70,6 +72,9 @@ class GLMTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         """Check ranges, and turn accumulation steps into samples of a step."""
+        parallel = None if self.parallel is None else Parallel.of(self.parallel)
+        if parallel is not None and "WORLD_SIZE" in os.environ:
+            parallel.require_world(int(os.environ["WORLD_SIZE"]))  # before any process waits for another
         deepspeed = getattr(self, "deepspeed", None)
         if not torch.accelerator.is_available():
             self.use_cpu = True  # or processes that a launcher has started do not know of each other
@@ -87,10 +92,11 @@ class GLMTrainingArguments(TrainingArguments):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
         copies = self.world_size
-        if self.parallel is not None:
-            parallel = Parallel.of(self.parallel)
+        if parallel is not None:
             parallel.require_world(self.world_size)
             copies = parallel.data
+            if dist.is_initialized() and dist.get_backend() == "gloo":
+                dist.barrier()  # or one that leaves with an error cuts off others that are still connecting
         if self.global_batch_size is None:
             self.global_batch_size = (
                 self.per_device_train_batch_size * self.gradient_accumulation_steps * max(self.n_gpu, 1) * copies

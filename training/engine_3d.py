@@ -139,8 +139,8 @@ def look_before_update(engine: Any, may_update: Callable[[], bool]) -> None:
 
 def global_norm(engine: Any) -> float:
     """Return the norm of all gradients before an update, without a loss scale; infinity if one is not finite."""
-    norm = float(engine.optimizer.scaled_global_norm())  # -1 stands for what is not finite
-    return math.inf if norm < 0 else norm / engine.optimizer.loss_scale
+    norm = float(engine.optimizer.scaled_global_norm())
+    return norm / engine.optimizer.loss_scale if math.isfinite(norm) else math.inf
 
 
 def squared_norm(engine: Any, parameter: torch.Tensor) -> torch.Tensor:

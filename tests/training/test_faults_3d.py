@@ -7,6 +7,7 @@ import signal
 import socket
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from glm_hf import GLMConfig
 from glm_hf.training import DivergenceError, GLM3DTrainer
-from glm_hf.training.engine_3d import BUCKET_SIZE, deepspeed_3d_config
+from glm_hf.training.checkpoint_3d import require_own
+from glm_hf.training.engine_3d import BUCKET_SIZE, deepspeed_3d_config, squared_norm
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "training"
 
@@ -234,6 +236,57 @@ def test_a_model_that_cannot_be_spread_is_one_error_on_all_ranks(deep_folder, tm
     assert "tensor must divide num_attention_heads (1), got 2" in error
     [error] = errors_of(with_config({"pipeline": 2}, num_hidden_layers=1), 2, tmp_path / "layers")
     assert "pipeline must be at most the number of layers (1), got 2" in error
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"vocab_size": 1024},
+        {"hidden_size": 64},
+        {"num_hidden_layers": 3},
+        {"num_attention_heads": 2},  # of which no shape tells
+        {"intermediate_size": 128},
+        {"tie_word_embeddings": False},
+    ],
+    ids=str,
+)
+def test_a_checkpoint_of_a_model_of_other_sizes_is_refused(deep_folder, tmp_path, change):
+    config = GLMConfig.from_pretrained(deep_folder)
+    config.save_pretrained(tmp_path)
+    (tmp_path / "parallel.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="latest"):
+        require_own(tmp_path, config)
+    (tmp_path / "latest").write_text("global_step1")
+    require_own(tmp_path, config)
+    with pytest.raises(ValueError, match=f"of another model: its {next(iter(change))} is"):
+        require_own(tmp_path, GLMConfig.from_pretrained(deep_folder, **change))
+
+
+def test_small_gradients_in_fp16_are_not_lost(tmp_path):
+    fragment = SimpleNamespace(get_lp_grad_fragment=lambda index: torch.ones(1000, dtype=torch.float16))
+    parameter = SimpleNamespace(_hp_mapping=fragment, _index_in_param_group=0)
+    engine = SimpleNamespace(optimizer=SimpleNamespace(loss_scale=2.0**16))
+    assert float(squared_norm(engine, parameter)) == pytest.approx(1000 * 2.0**-32)
+
+
+def test_metrics_of_predictions_are_refused(deep_folder, tmp_path):
+    with pytest.raises(ValueError, match="compute_metrics needs logits of the whole vocabulary"):
+        GLM3DTrainer(deep_folder, make_arguments(tmp_path, parallel={}), compute_metrics=lambda _: {})
+
+    def rank_main(rank: int):
+        trainer = make_3d_trainer(deep_folder, tmp_path / "run", {})
+        trainer.predict(trainer.eval_dataset)
+
+    [error] = errors_of(rank_main, 1, tmp_path / "ranks")
+    assert "a pipeline gives no predictions" in error
+
+
+def test_a_batch_is_counted_by_copies_of_the_model(tmp_path):
+    def rank_main(rank: int) -> int | None:
+        settings = {"global_batch_size": None, "per_device_train_batch_size": 3}
+        return make_arguments(tmp_path, parallel={"tensor": 2}, **settings).global_batch_size
+
+    assert run_ranks(rank_main, 2, tmp_path) == [3, 3]
 
 
 def test_the_trainer_of_whole_models_refuses_degrees(deep_folder, tmp_path):

@@ -73,6 +73,11 @@ def test_a_vocabulary_that_cannot_be_cut_is_refused():
         Parallel(tensor=4).require_fits(config)
 
 
+def test_an_mlp_that_cannot_be_cut_is_refused():
+    with pytest.raises(ValueError, match=r"tensor must divide intermediate_size \(32770\), got 4"):
+        Parallel(tensor=4).require_fits(GLMConfig(intermediate_size=32770))
+
+
 def test_the_number_of_processes_must_be_the_product():
     with pytest.raises(ValueError, match="tensor 2 x pipeline 2 x data 2 takes 8 processes, but 4 were started"):
         Parallel(2, 2, 2).require_world(4)

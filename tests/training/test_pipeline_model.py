@@ -129,6 +129,24 @@ def test_a_single_file_leaves_no_index_of_an_earlier_model(deep_folder, tmp_path
     assert names == {"config.json", "generation_config.json", "model.safetensors"}
 
 
+def test_every_file_is_written_by_one_process(deep_folder, tmp_path):
+    parallel = Parallel(tensor=2, data=2)
+
+    def rank_main():
+        from glm_hf.training import stage_folder
+
+        pipeline, written, save = filled(deep_folder, parallel), [], stage_folder.save_file
+        stage_folder.save_file = lambda tensors, path, **options: (
+            written.append(path.name),
+            save(tensors, path, **options),
+        )
+        stage_folder.save_folder(pipeline, tmp_path / "out", max_shard_size="30KB")
+        return written
+
+    written = [name for names in spread(rank_main, parallel, tmp_path / "ranks") for name in names]
+    assert len(written) == len(set(written)) > 1
+
+
 def test_activations_are_recomputed_in_the_layers_that_are_asked_for(deep_folder, tmp_path):
     def rank_main():
         pipeline = filled(deep_folder, Parallel(pipeline=2, partition=(1, 3)))

@@ -317,6 +317,18 @@ def test_a_model_is_spread_over_processes(settings, tmp_path, model_folder, is_n
     assert (tmp_path / "run" / "checkpoint-2" / "parallel.json").is_file()
 
 
+@pytest.mark.parametrize("is_new", [False, True])
+def test_overrides_reach_a_model_that_is_spread(settings, tmp_path, model_folder, is_new):
+    pytest.importorskip("deepspeed")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    if is_new:
+        settings["model"] = {"tokenizer": str(model_folder), "config": sizes}
+    settings["model"]["overrides"] = {"hidden_dropout": 0.25}
+    settings["parallel"] = {"data": 1}
+    run = RunConfig.read(write(settings, tmp_path))
+    assert run_ranks(lambda rank: build_trainer(run).model.layers[0].hidden_dropout, 1, tmp_path) == [0.25]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

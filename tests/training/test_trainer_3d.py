@@ -1,5 +1,6 @@
 """Tensor x pipeline x data parallel training against one process that runs GLMTrainer on the whole model."""
 
+import json
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -121,6 +122,17 @@ def test_a_run_goes_on_with_other_degrees(deep_folder, tmp_path, spread, pipelin
     compare(again[:-1], history[:-1], EXACT)
     assert largest_difference(tmp_path / "run" / "model", weights_of(folder / "model")) <= EXACT
     assert (folder / "checkpoint-4" / "latest_universal").read_text() == "global_step4_universal"
+
+
+def test_a_tied_matrix_comes_from_unequal_stages(deep_folder, tmp_path):
+    """The copy of the last stage, which another part of the optimizer updates, must not be taken for a part."""
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    unequal, equal = {"pipeline": 2, "data": 2, "partition": [1, 3]}, {"pipeline": 2, "data": 2}
+    history = train_3d(deep_folder, tmp_path / "run", unequal, **options)
+    again = train_3d(deep_folder, tmp_path / "again", equal, resume=tmp_path / "run" / "checkpoint-2", **options)
+    compare(again[:-1], history[:-1], EXACT)
+    config = json.loads((tmp_path / "run" / "checkpoint-2" / "config.json").read_text())
+    assert config["dtype"] == "float32"
 
 
 def test_an_output_matrix_of_its_own(model_folder, deep_folder, tmp_path):
