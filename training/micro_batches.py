@@ -59,7 +59,7 @@ def empty_batch(pad_token_id: int) -> Batch:
 
 
 def micro_batches(
-    pieces: Sequence[tuple[Batch, float | torch.Tensor]], pad_token_id: int
+    pieces: Sequence[tuple[Batch, float]], pad_token_id: int
 ) -> Iterator[tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]]:
     """
     Yield what a pipeline takes for every piece: the layout `(3, B, L)`, and labels with the factor of their loss.

@@ -96,16 +96,16 @@ class GLMPipeline(PipelineModule):
         self.loss_fn = self.loss_of
         self.observe: Callable[..., None] | None = None
         self.rotary_emb = GLMRotaryEmbedding(config).to(next(self.parameters()).device)
-        self.num_model_parameters = whole.num_parameters()
+        self._num_parameters = whole.num_parameters()
 
     def num_parameters(self) -> int:
         """Return the number of parameters of the whole model; a tied matrix counts once."""
-        return self.num_model_parameters
+        return self._num_parameters
 
     @property
     def ranks(self) -> TensorGroup:
         """The tensor-parallel ranks of this process."""
-        grid = self._grid
+        grid = self.mpu()
         return TensorGroup(self.parallel.tensor, grid.get_slice_parallel_rank(), grid.get_slice_parallel_group())
 
     @property

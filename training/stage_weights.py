@@ -27,9 +27,8 @@ def named_weights(pipeline: GLMPipeline) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def own_part(parameter: torch.Tensor, rule: ShardRule, block: int) -> torch.Tensor:
-    """Return the view of a rank's parameter that holds its share of one block."""
-    if rule.dim is None:
-        return parameter
+    """Return the view of a rank's parameter that holds its share of one block: of `(2F/n, D)`, `(F/n, D)`."""
+    assert rule.dim is not None
     return parameter.unflatten(rule.dim, (rule.blocks, -1)).select(rule.dim, block)
 
 

@@ -172,7 +172,7 @@ class GLM3DTrainer(GLMTrainer):
         place = (self.args.seed, self.state.global_step, self.stage, self.data_rank)
         return int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
-    def _prepared(self, pieces: Sequence[tuple[Batch, Any]]) -> Any:
+    def _prepared(self, pieces: Sequence[tuple[Batch, float]]) -> Any:
         """Return the micro-batches of some pieces, after telling the engine if their shape has changed."""
         shape = common_shape([piece for piece, _ in pieces])
         if self.shape != shape:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pipeline_files import TAG, part_files, random_model, write_checkpoint
+from pipeline_files import TAG, change, make, part_files, random_model, write_checkpoint, write_json
 
 from glm_hf import GLMForBlankInfilling
 from glm_hf.conversion import export_3d_checkpoint, partial_folder, stored_tensor, verify_checkpoint
@@ -26,28 +26,10 @@ def _many_blocks(monkeypatch) -> None:
     monkeypatch.setattr(stored_tensor, "BLOCK_BYTES", BLOCK_BYTES)
 
 
-def make(folder: Path, num_ranks: int = 2, **options: object) -> tuple[Path, GLMForBlankInfilling]:
-    """Write the checkpoint of a random model, and return both."""
-    model = random_model(**options)
-    return write_checkpoint(folder, model, part_files(model, num_ranks), num_ranks), model
-
-
 @pytest.fixture
 def src(tmp_path) -> Path:
     """Checkpoint of two ranks, in fp32."""
     return make(tmp_path / "checkpoint-4")[0]
-
-
-def change(src: Path, name: str, how: Callable[[dict], object]) -> None:
-    """Change the content of a file."""
-    content = torch.load(src / TAG / name, weights_only=True)
-    how(content)
-    torch.save(content, src / TAG / name)
-
-
-def write_json(path: Path, **fields: object) -> None:
-    before = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps(before | fields))
 
 
 def read_folder(folder: Path) -> dict[str, bytes]:

@@ -1,6 +1,7 @@
 """Checkpoints of 3D-parallel training as DeepSpeed's pipeline writes them, cut by hand: no code under test."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -71,3 +72,21 @@ def write_checkpoint(
     (folder / "parallel.json").write_text(json.dumps(degrees))
     (folder / "latest").write_text(TAG)
     return folder
+
+
+def make(folder: Path, num_ranks: int = 2, **options: object) -> tuple[Path, GLMForBlankInfilling]:
+    """Write the checkpoint of a random model, and return both."""
+    model = random_model(**options)
+    return write_checkpoint(folder, model, part_files(model, num_ranks), num_ranks), model
+
+
+def change(src: Path, name: str, how: Callable[[dict], object]) -> None:
+    """Change the content of a file."""
+    content = torch.load(src / TAG / name, weights_only=True)
+    how(content)
+    torch.save(content, src / TAG / name)
+
+
+def write_json(path: Path, **fields: object) -> None:
+    before = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(before | fields))
