@@ -1,5 +1,6 @@
 """Quantize a model while transformers loads it, one tensor at a time, and load models that are quantized already."""
 
+import re
 from typing import Any
 
 import torch
@@ -7,7 +8,6 @@ from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
-from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
@@ -112,7 +112,7 @@ class GLMQuantizer(HfQuantizer):
         """Leave the scales of row-parallel weights whole where a row has one; groups are cut as their columns are."""
         super().update_parallel_plan(model, plan)
         for name, module in model.named_modules():
-            layer = replace_layer_number_by_wildcard(name)
+            layer = re.sub(r"\.\d+\.", ".*.", name)  # as the plan names all layers at once
             is_whole = isinstance(module, QuantizedLinear) and module.weight_scale.shape[1] == 1
             if is_whole and plan.get(layer) == "rowwise":
                 plan[f"{layer}.weight_scale"] = "replicate"

@@ -162,12 +162,12 @@ class GLMPipeline(PipelineModule):
         *states, layout = inputs
         input_ids, position_ids, segment_ids = layout
         hidden_states = states[0] if states else self._embed(input_ids)
-        mask, position_ids, _ = infilling_attention(
-            self.config, input_ids, hidden_states, None, position_ids, None, segment_ids
-        )
-        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        attention = infilling_attention(self.config, input_ids, hidden_states, None, position_ids, None, segment_ids)
+        position_embeddings = self.rotary_emb(hidden_states, attention.position_ids)
         for layer in self.layers:
-            hidden_states = layer(hidden_states, attention_mask=mask, position_embeddings=position_embeddings)
+            hidden_states = layer(
+                hidden_states, attention_mask=attention.mask, position_embeddings=position_embeddings
+            )
         if self.is_last:
             return self.forward_funcs[-2](hidden_states)
         return hidden_states, layout

@@ -4,7 +4,6 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
-    AutoModelForDecision,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
@@ -17,13 +16,15 @@ from glm_hf.pipeline_glm import BlankInfillingPipeline, register_pipelines
 from glm_hf.quantization import GLMQuantizationConfig
 from glm_hf.quantization.quantizer import register_quantizer
 from glm_hf.tokenization_glm import GLMTokenizer
+from glm_hf.versions_glm import AutoModelForDecision
 
 AutoConfig.register("glm130b", GLMConfig, exist_ok=True)
 AutoModel.register(GLMConfig, GLMModel, exist_ok=True)
 AutoModelForCausalLM.register(GLMConfig, GLMForBlankInfilling, exist_ok=True)
 AutoModelForSeq2SeqLM.register(GLMConfig, GLMForBlankInfilling, exist_ok=True)
 AutoModelForMaskedLM.register(GLMConfig, GLMForMaskedLM, exist_ok=True)
-AutoModelForDecision.register(GLMConfig, GLMForBlankInfilling, exist_ok=True)  # where `transformers serve` looks first
+if AutoModelForDecision is not None:
+    AutoModelForDecision.register(GLMConfig, GLMForBlankInfilling, exist_ok=True)  # where `transformers serve` looks
 AutoTokenizer.register(GLMConfig, tokenizer_class=GLMTokenizer, exist_ok=True)
 register_pipelines()
 register_quantizer()

@@ -1,66 +1,151 @@
-"""Generation for a prefix language model: what differs from transformers' own, and the filling of blanks.
+"""Generation for a prefix language model: what differs from transformers' own.
 
 Positions and context are derived from the full ids at every step, so nothing has to be carried along.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationConfig, GenerationMixin
-from transformers.masking_utils import create_masks_for_generate
-from transformers.utils import logging
 
-from .configuration_glm import GLMConfig
-from .infilling_glm import infilling_layout, mask_token_ids, prepare_context, splice_blank
-from .masking_glm import Mask, is_padding_mask, layout_ids
+from .infilling_glm import infilling_layout, mask_token_ids
+from .masking_glm import find_tokens, layout_ids, make_mask
 from .peft_glm import num_virtual_tokens
+from .positions_glm import Mask, is_padding_mask
+from .prompts_glm import complete_prompts, needs_completion, place_embeddings, suppress_blanks
+from .versions_glm import CACHE, CACHE_NAMES, hook_error, one_cache, require_known_cache, require_known_hooks
 
 DEFAULT_NEW_TOKENS = 128
-
-logger = logging.get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class FilledBlanks:
-    """Texts with their blanks filled in."""
-
-    sequences: list[list[int]]
-    """Ids of every input with its masks replaced, without `sop`, `eop` and appended `</s>`."""
-    blanks: list[list[list[int]]]
-    """Ids of every blank of every input, in the order in which they were filled."""
-    scores: list[list[float]]
-    """Sum of the log-probabilities of every blank's tokens, its end token included."""
+GROWN_CONTEXT = (
+    "the context has grown since the cache was filled, and its old tokens would not see the new ones; start without "
+    "past_key_values"
+)
 
 
-@dataclass(frozen=True)
-class Blank:
-    """One proposal for one blank."""
+@dataclass
+class RunningGeneration:
+    """What a call of `generate` knows, against which its hooks are checked."""
 
-    ids: list[int]
-    """Its tokens, without the end token."""
-    score: float
-    """Sum of log-probabilities of its tokens and its end token."""
+    model: Any
+    has_positions: bool
+    """Whether the caller has given `position_ids`."""
+    has_padding: bool
+    num_prepared: int = 0
+    """Forward passes that the hook has prepared."""
+
+
+# Of the thread: servers generate in several at once.
+RUNNING: ContextVar[RunningGeneration | None] = ContextVar("running", default=None)
 
 
 class GLMGenerationMixin(GenerationMixin):
-    """`generate` with two-way contexts and positions that stay at the mask, and `fill_blanks` on top of it."""
+    """`generate` with two-way contexts, prompts that are completed, and positions that stay at the mask."""
 
+    @torch.no_grad()
     def generate(
         self, inputs: torch.Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any
     ) -> Any:
         """
-        Generate as in transformers; prompts end in `sop` (`fill_blanks` adds it).
+        Generate as in transformers, behind prompts that are completed as `fill_blanks` completes texts.
+
+        A row without `sop` gets a `[gMASK]` if it has no mask, `</s>` where it belongs, and `sop`; its first blank is
+        generated, in which tokens that would start another one are suppressed. Returned sequences hold what was added
+        behind the columns of the prompts, as special tokens. A row with `sop` is taken as it is: `[gMASK] sop` in
+        front of a text has it read causally.
+
+        Args:
+            inputs: `(B, L)` token ids, also as `input_ids`; or `inputs_embeds` `(B, L, D)`.
+            generation_config: As in transformers. At most 128 new tokens are generated unless a length is given, and
+                never more than the model's `max_position_embeddings` leave to the longest row.
+            **kwargs: As in transformers; `negative_prompt_ids` are completed, too.
 
         Raises:
-            ValueError: If `prefill_chunk_size` is set: early chunks of a context could not see later ones.
+            ValueError: If a row is no text to be filled (see `fill_blanks`), if `position_ids` or a filled cache come
+                with a row without `sop`, or if `prefill_chunk_size` is set: early chunks of a context could not see
+                later ones.
+            RuntimeError: If generation of the installed transformers does not call what the model relies on.
         """
         settings = generation_config if generation_config is not None else self.generation_config
         if kwargs.get("prefill_chunk_size", settings.prefill_chunk_size) is not None:
             raise ValueError("prefill_chunk_size would hide later context from earlier; leave it unset")
-        return super().generate(inputs, generation_config, **kwargs)
+        require_known_hooks(super())
+        require_known_cache({name: value for name, value in kwargs.items() if name not in CACHE_NAMES}, "generate")
+        if (cache := one_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))) is not None:
+            kwargs[CACHE] = cache
+        if inputs is not None and "input_ids" not in kwargs:
+            kwargs["input_ids"] = inputs
+        is_reused = cache is not None and not settings.is_assistant and int(cache.get_seq_length()) > 0
+        if is_reused:
+            self._check_reused_cache(kwargs.get("input_ids"), cache)
+        returned = self._complete_arguments(kwargs, settings)
+        if is_reused and returned is not None:
+            raise ValueError(GROWN_CONTEXT)
+        num_new = self._num_new_tokens(longest_row(kwargs), {**kwargs, "generation_config": settings})
+        kwargs = {name: value for name, value in kwargs.items() if name != "max_length"} | {"max_new_tokens": num_new}
+        with self._running(kwargs):
+            outputs = super().generate(generation_config=generation_config, **kwargs)
+        return outputs if returned is None else with_prompts(outputs, kwargs["input_ids"].shape[1], returned)
+
+    def _complete_arguments(self, arguments: dict[str, Any], settings: GenerationConfig) -> torch.Tensor | None:
+        """
+        Complete prompts among the arguments of `generate`, in place.
+
+        Returns:
+            The prompts `(B, W)` as they are to be returned, None if they are as given.
+        """
+        config = self.config
+        if (negative := arguments.get("negative_prompt_ids")) is not None:
+            mask = arguments.get("negative_prompt_attention_mask")
+            if needs_completion(negative, mask, config):
+                prompts = complete_prompts(negative, mask, config)
+                arguments["negative_prompt_ids"] = prompts.input_ids
+                arguments["negative_prompt_attention_mask"] = prompts.attention_mask
+        mask, embeds = arguments.get("attention_mask"), arguments.get("inputs_embeds")
+        ids = given = arguments.get("input_ids")
+        if embeds is not None and (given is None or not given.shape[1]):
+            structural = (*mask_token_ids(config), config.eos_token_id, config.sop_token_id)
+            ids = find_tokens(embeds, self.get_input_embeddings(), structural)
+            mask = torch.ones_like(ids) if mask is None else mask
+        if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or not needs_completion(ids, mask, config):
+            return None
+        if arguments.get("position_ids") is not None or (mask is not None and mask.ndim != 2):
+            raise ValueError(
+                "position_ids and 4D masks are for whole prompts: end each row in sop and pad on the left, or leave "
+                "them out"
+            )
+        prompts = complete_prompts(ids, mask, config)
+        arguments["attention_mask"] = prompts.attention_mask
+        if embeds is not None:
+            arguments["inputs_embeds"] = place_embeddings(embeds, mask, prompts, self.get_input_embeddings())
+        if prompts.is_completed:
+            options = {"suppress_tokens": settings.suppress_tokens, **arguments}
+            arguments["suppress_tokens"] = suppress_blanks(options, config)["suppress_tokens"]
+        if ids is not given:
+            return None
+        arguments["input_ids"] = prompts.input_ids
+        return prompts.returned
+
+    @contextmanager
+    def _running(self, arguments: dict[str, Any]) -> Iterator[None]:
+        """Check the hooks of a call of `generate`, while it runs, against its arguments."""
+        mask = arguments.get("attention_mask")
+        running = RunningGeneration(
+            self,
+            has_positions=arguments.get("position_ids") is not None,
+            has_padding=mask is not None and is_padding_mask(mask) and bool((mask == 0).any()),
+        )
+        token = RUNNING.set(running)
+        try:
+            yield
+        finally:
+            RUNNING.reset(token)
+        if not running.num_prepared and arguments.get("custom_generate") is None:
+            raise hook_error("the hook prepare_inputs_for_generation was not called")
 
     def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
         """Load the generation config of a folder; one made from the model's config would lack `eop`."""
@@ -81,11 +166,8 @@ class GLMGenerationMixin(GenerationMixin):
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.Tensor,
-        next_sequence_length: int | None = None,
-        past_key_values: Cache | None = None,
         attention_mask: Mask = None,
         inputs_embeds: torch.Tensor | None = None,
-        is_first_iteration: bool | None = False,
         position_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
@@ -95,38 +177,49 @@ class GLMGenerationMixin(GenerationMixin):
         Positions given to `generate` win; those of new tokens count on from the last one.
 
         Raises:
-            ValueError: If a cache is reused that does not hold the whole context, or begins with a learned prefix, or
-                several tokens at a time are to follow a learned prompt.
+            ValueError: If several tokens at a time are to follow a learned prompt.
+            RuntimeError: If generation hands over something else than it is known to do.
         """
-        if hasattr(past_key_values, "prefix_length") and kwargs.get("use_cache") is False:
-            past_key_values = None  # all tokens are read again, behind a prefix that PEFT makes anew
-        if is_first_iteration and past_key_values is not None:
-            self._check_reused_cache(input_ids, past_key_values)
+        require_known_cache(kwargs, "prepare_inputs_for_generation")
+        cache = kwargs.get(CACHE)
+        if hasattr(cache, "prefix_length") and kwargs.get("use_cache") is False:
+            cache = kwargs[CACHE] = None  # all tokens are read again, behind a prefix that PEFT makes anew
+        self._check_hook(attention_mask, position_ids)
         padding = attention_mask if is_padding_mask(attention_mask) else None
         ids = input_ids if inputs_embeds is None else self._ids_with_embedded(input_ids, inputs_embeds, padding)
-        if is_first_iteration and not (ids == self.config.sop_token_id).any():
-            logger.warning_once("the prompt has no sop token and is read causally; fill_blanks adds what is missing")
         if position_ids is None:
             position_ids = infilling_layout(ids, self.config, padding)[0]
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
-            next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
-            is_first_iteration=is_first_iteration,
             position_ids=position_ids,
             **kwargs,
         )
-        if past_key_values is not None and not past_key_values.is_compileable:
-            past_length, positions = past_key_values.get_seq_length(), model_inputs["position_ids"]
-            num_learned = past_length + positions.shape[1] - ids.shape[1]
-            if past_length and num_learned > 0:
-                if positions.shape[1] > 1:  # PEFT hands on the last one only
-                    raise ValueError("behind a learned prompt tokens are generated one by one; leave assistants out")
-                if not hasattr(past_key_values, "prefix_length"):
-                    model_inputs["decode_position_ids"] = positions + num_learned  # PEFT drops position_ids
+        if cache is None:
+            return model_inputs
+        mask = model_inputs.get("attention_mask")
+        if kwargs.get("is_first_iteration") and mask is not None and not is_padding_mask(mask):
+            raise hook_error("the hook create_masks_for_generate was not called")
+        if not cache.is_compileable:
+            past_length, length = cache.get_seq_length(), model_inputs["position_ids"].shape[1]
+            if past_length + length < ids.shape[1]:
+                raise hook_error(f"{ids.shape[1] - past_length - length} tokens were left out")
+            if past_length and length > 1 and past_length + length > ids.shape[1]:  # PEFT hands on the last one only
+                raise ValueError("behind a learned prompt tokens are generated one by one; leave assistants out")
+        model_inputs["past_key_values"] = model_inputs.pop(CACHE)  # the name that PEFT knows, in all versions
         return model_inputs
+
+    def _check_hook(self, attention_mask: Mask, position_ids: torch.Tensor | None) -> None:
+        """Note that a forward pass is prepared; RuntimeError if what `generate` was given does not arrive."""
+        running = RUNNING.get()
+        if running is None or running.model is not self:
+            return
+        if position_ids is not None and not running.has_positions:
+            raise hook_error("the hook _prepare_position_ids_for_generation was not called")
+        if attention_mask is None and running.has_padding:
+            raise hook_error("the padding mask was not handed to prepare_inputs_for_generation")
+        running.num_prepared += 1
 
     def _ids_with_embedded(
         self, input_ids: torch.Tensor, inputs_embeds: torch.Tensor, padding: torch.Tensor | None
@@ -141,105 +234,26 @@ class GLMGenerationMixin(GenerationMixin):
     def _prepare_position_ids_for_generation(self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]) -> None:
         """Prepare none: `prepare_inputs_for_generation` derives positions at every step."""
 
-    def _check_reused_cache(self, input_ids: torch.Tensor, past_key_values: Cache) -> None:
-        """Raise unless every row's context and first `sop` lie in the cache."""
-        past_length = int(past_key_values.get_seq_length())
-        if past_length == 0:
-            return
-        if hasattr(past_key_values, "prefix_length"):
+    def _check_reused_cache(self, input_ids: torch.Tensor | None, cache: Cache) -> None:
+        """Raise ValueError unless every row's context and first `sop` lie in the cache."""
+        past_length = int(cache.get_seq_length())
+        if hasattr(cache, "prefix_length"):
             raise ValueError("a cache behind a learned prefix cannot be reused; start without past_key_values")
-        if input_ids.shape[1] <= past_length:
+        if input_ids is None or input_ids.shape[1] <= past_length:
             raise ValueError("a reused cache needs the ids of the whole sequence, not only the new ones")
         is_sop = input_ids == self.config.sop_token_id
-        first_sop = torch.where(is_sop.any(1), is_sop.int().argmax(1), -1)
-        if (first_sop >= past_length).any():
-            raise ValueError(
-                "the context has grown since the cache was filled, and its old tokens would not see the new ones; "
-                "start without past_key_values"
-            )
+        if (is_sop.int().argmax(1) >= past_length).any():
+            raise ValueError(GROWN_CONTEXT)
 
     @staticmethod
     def create_masks_for_generate(
-        config: Any,
-        inputs_embeds: torch.Tensor,
-        attention_mask: Mask,
-        past_key_values: Cache,
-        position_ids: torch.Tensor | None = None,
-        is_first_iteration: bool | None = False,
-        **kwargs: Any,
+        config: Any, inputs_embeds: torch.Tensor, attention_mask: Mask, **kwargs: Any
     ) -> Any:
         """Make the mask of a decode step for a cache of fixed size; the prefill mask is made from ids by the model."""
-        if is_first_iteration or not past_key_values.is_initialized:
+        cache = kwargs[CACHE]
+        if kwargs.get("is_first_iteration") or not cache.is_initialized:
             return attention_mask
-        return create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values)
-
-    @torch.no_grad()
-    def fill_blanks(
-        self,
-        input_ids: torch.Tensor | Iterable[Sequence[int]],
-        attention_mask: torch.Tensor | None = None,
-        **generate_kwargs: Any,
-    ) -> FilledBlanks:
-        """
-        Fill every mask of every text, one after another, and splice the answers in.
-
-        A text without a mask is continued. `</s>`, `[gMASK]` and `sop` are added as the model was trained.
-
-        Args:
-            input_ids: `(B, L)` token ids, or a list of id lists of any lengths.
-            attention_mask: `(B, L)`, 1 or True on tokens, if `input_ids` is a padded tensor; by default every token is
-                one but the pad token.
-            **generate_kwargs: For `generate`, which also heeds `generation_config`. `max_new_tokens` counts per blank
-                (128 unless given) and `max_length` per text and blank, without padding; both are cut to what the
-                model's `max_position_embeddings` leave. A blank always ends at `eop` and `</s>`.
-
-        Returns:
-            Sequences, blanks and scores. The logits of every step are kept to compute scores: `V` fp32 numbers each.
-
-        Raises:
-            ValueError: If a text is empty, has only masks, mixes kinds of masks, contains `sop` or is too long.
-        """
-        texts = unpad(input_ids, attention_mask, self.config.pad_token_id)
-        contexts = [prepare_context(text, self.config) for text in texts]
-        num_masks = [sum(token_id in mask_token_ids(self.config) for token_id in context) for context in contexts]
-        has_own_eos = [text[-1:] == [self.config.eos_token_id] for text in texts]
-        blanks: list[list[Blank]] = [[] for _ in texts]
-        for number in range(max(num_masks, default=0)):
-            rows = [row for row, count in enumerate(num_masks) if number < count]
-            proposals = self.propose_blanks([contexts[row] for row in rows], **generate_kwargs)
-            for row, (best, *_) in zip(rows, proposals, strict=True):
-                contexts[row] = splice_blank(contexts[row], best.ids, self.config)
-                blanks[row].append(best)
-        return FilledBlanks(
-            sequences=[
-                context[:-1] if context[-1:] == [self.config.eos_token_id] and not own_eos else context
-                for context, own_eos in zip(contexts, has_own_eos, strict=True)
-            ],
-            blanks=[[blank.ids for blank in of_text] for of_text in blanks],
-            scores=[[blank.score for blank in of_text] for of_text in blanks],
-        )
-
-    @torch.no_grad()
-    def propose_blanks(self, contexts: Sequence[Sequence[int]], **generate_kwargs: Any) -> list[list[Blank]]:
-        """
-        Generate `num_return_sequences` proposals for the next blank of every context, in the order of `generate`.
-
-        Masks and `sop` are suppressed inside a blank, since they would start blanks of their own.
-
-        Args:
-            contexts: Id lists as `prepare_context` returns them.
-            **generate_kwargs: As in `fill_blanks`.
-        """
-        rows = [[*context, self.config.sop_token_id] for context in contexts]
-        proposals: list[list[Blank]] = [[] for _ in rows]
-        num_new = [self._num_new_tokens(len(row), generate_kwargs) for row in rows]
-        for limit in sorted(set(num_new)):  # one batch, unless the context window cuts some answers short
-            group = [index for index, number in enumerate(num_new) if number == limit]
-            for index, blanks in zip(
-                group, self._propose([rows[index] for index in group], limit, generate_kwargs), strict=True
-            ):
-                proposals[index] = blanks
-        return proposals
+        return make_mask(config, inputs_embeds, attention_mask, cache)
 
     def _num_new_tokens(self, length: int, generate_kwargs: dict[str, Any]) -> int:
         """Return how many tokens may follow a row of `length`, by the caller, the generation config and the window."""
@@ -255,93 +269,21 @@ class GLMGenerationMixin(GenerationMixin):
             )
         return min(new, room)
 
-    def _propose(self, rows: list[list[int]], num_new: int, generate_kwargs: dict[str, Any]) -> list[list[Blank]]:
-        """Generate at most `num_new` tokens behind rows that end in `sop`."""
-        input_ids, attention_mask = self._pad_left(rows)
-        length = input_ids.shape[1]
-        end_ids = [self.config.eop_token_id, self.config.eos_token_id]
-        settings = generate_kwargs.get("generation_config") or self.generation_config
-        options = {"suppress_tokens": settings.suppress_tokens, **generate_kwargs}
-        options.pop("max_length", None)
-        outputs = self.generate(
-            input_ids,
-            attention_mask=attention_mask,
-            **{
-                **suppress_blanks(options, self.config),
-                "max_new_tokens": num_new,
-                "eos_token_id": end_ids,
-                "pad_token_id": self.config.sop_token_id,  # suppressed, so never generated
-                "return_dict_in_generate": True,
-                "output_logits": True,
-            },
-        )
-        log_probs = self.compute_transition_scores(
-            outputs.sequences, outputs.logits, beam_indices=outputs.get("beam_indices"), normalize_logits=True
-        )  # (B * num_return_sequences, new tokens)
-        blanks = [
-            read_blank(ids, scores, end_ids, self.config.sop_token_id)
-            for ids, scores in zip(outputs.sequences[:, length:].tolist(), log_probs.tolist(), strict=True)
-        ]
-        count = len(blanks) // len(rows)
-        return [blanks[row * count : (row + 1) * count] for row in range(len(rows))]
 
-    @torch.no_grad()
-    def score_blanks(self, contexts: Sequence[Sequence[int]], blanks: Sequence[Sequence[int]]) -> list[float]:
-        """
-        Return the log-probability of `blanks[i]`, closed by `eop`, in the next mask of `contexts[i]`.
-
-        Args:
-            contexts: Id lists as `prepare_context` returns them.
-            blanks: Id lists without `sop` and `eop`.
-        """
-        starts = [[*context, self.config.sop_token_id] for context in contexts]
-        targets = [[*blank, self.config.eop_token_id] for blank in blanks]
-        rows = [[*start, *target] for start, target in zip(starts, targets, strict=True)]
-        if (length := max(map(len, rows))) > self.config.max_position_embeddings:
-            raise ValueError(
-                f"context and blank have {length} tokens, but the model takes {self.config.max_position_embeddings}"
-            )
-        input_ids, attention_mask = self._pad_left(rows)
-        longest = max(map(len, targets))
-        logits = self(input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=longest + 1).logits
-        log_probs = logits[:, :-1].float().log_softmax(-1)  # (B, longest, V)
-        of_tokens = log_probs.gather(2, input_ids[:, -longest:, None]).squeeze(2)
-        return [float(of_tokens[row, longest - len(target) :].sum()) for row, target in enumerate(targets)]
-
-    def _pad_left(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return ids and padding mask `(B, L)` on the device of the embedding."""
-        embedding = self.get_input_embeddings()
-        hook = getattr(embedding, "_hf_hook", None)  # of accelerate, where the weight is offloaded
-        device = getattr(hook, "execution_device", None)
-        device = embedding.weight.device if device is None else device
-        length = max(map(len, rows))
-        padded = [[self.config.pad_token_id] * (length - len(row)) + list(row) for row in rows]
-        mask = [[0] * (length - len(row)) + [1] * len(row) for row in rows]
-        return torch.tensor(padded, device=device), torch.tensor(mask, device=device)
+def longest_row(arguments: dict[str, Any]) -> int:
+    """Return the length of the longest prompt among the arguments of `generate`, without padding."""
+    ids, embeds, mask = (arguments.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
+    if mask is not None and is_padding_mask(mask):
+        return int(mask.sum(1).max())
+    return embeds.shape[1] if embeds is not None else ids.shape[1] if isinstance(ids, torch.Tensor) else 1
 
 
-def suppress_blanks(generate_kwargs: dict[str, Any], config: GLMConfig) -> dict[str, Any]:
-    """Add masks and `sop` to the tokens that `generate` suppresses, since they would start blanks of their own."""
-    suppressed = {*mask_token_ids(config), config.sop_token_id, *(generate_kwargs.get("suppress_tokens") or ())}
-    return {**generate_kwargs, "suppress_tokens": sorted(suppressed)}
-
-
-def read_blank(ids: Sequence[int], log_probs: Sequence[float], end_ids: Sequence[int], pad_id: int) -> Blank:
-    """Cut generated ids at the first end token, whose log-probability counts, or at padding, which does not."""
-    end = next((index for index, token_id in enumerate(ids) if token_id in (*end_ids, pad_id)), len(ids))
-    num_scored = end + (end < len(ids) and ids[end] != pad_id)
-    return Blank(ids=list(ids[:end]), score=sum(log_probs[:num_scored]))
-
-
-def unpad(
-    input_ids: torch.Tensor | Iterable[Sequence[int]], attention_mask: torch.Tensor | None, pad_token_id: int
-) -> list[list[int]]:
-    """Return the texts of a batch as id lists without padding."""
-    if isinstance(input_ids, torch.Tensor):
-        if input_ids.ndim != 2:
-            raise ValueError(f"input_ids must be 2D (batch, length), got {tuple(input_ids.shape)}")
-        kept = input_ids != pad_token_id if attention_mask is None else attention_mask
-        return [ids[mask.bool()].tolist() for ids, mask in zip(input_ids, kept, strict=True)]
-    if attention_mask is not None:
-        raise ValueError("attention_mask belongs to a padded tensor; lists of ids have no padding")
-    return [list(ids) for ids in input_ids]
+def with_prompts(outputs: Any, length: int, prompts: torch.Tensor) -> Any:
+    """Return what `generate` returned with `prompts` `(B, W)` instead of the first `length` columns of sequences."""
+    sequences = outputs if isinstance(outputs, torch.Tensor) else outputs.sequences
+    prompts = prompts.to(sequences).repeat_interleave(len(sequences) // len(prompts), dim=0)
+    sequences = torch.cat((prompts, sequences[:, length:]), dim=1)
+    if isinstance(outputs, torch.Tensor):
+        return sequences
+    outputs.sequences = sequences
+    return outputs

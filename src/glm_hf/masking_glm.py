@@ -6,23 +6,38 @@ other rotary models in PEFT: with `P` learned tokens, the text and its frozen ma
 Shapes: `B` batch, `L` new tokens, `P` learned prefix, `S` all tokens with those in the cache, `D` hidden.
 """
 
-from collections.abc import Callable
-from typing import TypeGuard
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers.cache_utils import Cache
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_causal_mask
 from transformers.utils import logging
 from transformers.utils.import_utils import is_tracing
 
 from .configuration_glm import GLMConfig
 from .infilling_glm import infilling_layout
-
-Mask = torch.Tensor | BlockMask | None
+from .positions_glm import Mask, is_padding_mask, read_positions, step_positions
 
 logger = logging.get_logger(__name__)
+
+
+class InfillingAttention(NamedTuple):
+    """What the layers of a model need to know of their tokens."""
+
+    mask: Mask
+    """In the form of the attention implementation, None where nothing is hidden but the future."""
+    position_ids: torch.Tensor
+    """`(B, L)`."""
+    context_length: int | None = None
+    """Length of the context that all rows share, if the mask was reduced to the rows behind it."""
+    fills_cache: bool = False
+    """Whether the tokens are whole samples, which come first in a cache."""
+    in_context: torch.Tensor | None = None
+    """`(B, L)` of whole samples, one a row, at the positions of their layout."""
 
 
 def infilling_attention(
@@ -33,7 +48,7 @@ def infilling_attention(
     position_ids: torch.Tensor | None,
     past_key_values: Cache | None,
     segment_ids: torch.Tensor | None,
-) -> tuple[Mask, torch.Tensor, int | None]:
+) -> InfillingAttention:
     """
     Turn the arguments of `GLMModel.forward` into those of its layers.
 
@@ -42,79 +57,128 @@ def infilling_attention(
         input_ids: `(B, L)`, or what `layout_ids` found; without them the tokens are causal.
         inputs_embeds: `(B, L, D)`, for sizes, dtype and device.
         attention_mask: `(B, S)` padding mask, or a mask ready made, which wins over the derived one.
-        position_ids: `(B, L)`, which win over the derived ones.
+        position_ids: `(B, L)`, which win over the derived ones unless they are plain counts (`read_positions`).
         past_key_values: Cache; once it holds more than a learned prefix, the new tokens are causal.
         segment_ids: `(B, L)` number of each token's packed sample.
-
-    Returns:
-        Mask in the form of the attention implementation, `position_ids`, and the `context_length` that all rows share
-        if the mask was reduced to the rows behind it.
 
     Raises:
         ValueError: If `segment_ids` come together with an `attention_mask` or a filled cache or are not as many as the
             tokens, or a context, without positions, with a filled cache, or embeddings whose context is unknown are
-            trained on.
+            trained on, or the cache does not tell where new tokens stand.
     """
     is_ready = attention_mask is not None and not is_padding_mask(attention_mask)
     if is_ready and position_ids is not None:
-        return expand_mask(attention_mask, config, inputs_embeds.dtype), position_ids, None
+        return InfillingAttention(expand_mask(attention_mask, config, inputs_embeds.dtype), position_ids)
     past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
     prefix_length = getattr(past_key_values, "prefix_length", 0)
-    length = inputs_embeds.shape[1]
-    if segment_ids is not None and (attention_mask is not None or past_length != prefix_length):
+    is_continued = past_length != prefix_length
+    require_fitting_segments(segment_ids, attention_mask, inputs_embeds, is_continued)
+    if is_continued:
+        assert past_key_values is not None
+        position_ids = step_positions(config, input_ids, inputs_embeds, attention_mask, position_ids, past_key_values)
+        if is_ready:
+            return InfillingAttention(expand_mask(attention_mask, config, inputs_embeds.dtype), position_ids)
+        return InfillingAttention(make_mask(config, inputs_embeds, attention_mask, past_key_values), position_ids)
+
+    if input_ids is None:
+        input_ids = torch.full(inputs_embeds.shape[:2], -1, device=inputs_embeds.device)
+        require_no_training(inputs_embeds)
+    padding = attention_mask[:, -input_ids.shape[1] :] if is_padding_mask(attention_mask) else None
+    is_derived = True
+    if position_ids is not None and segment_ids is None:
+        position_ids, segment_ids, is_derived = read_positions(
+            position_ids.expand_as(input_ids) - prefix_length, input_ids, padding, config
+        )
+        position_ids = position_ids + prefix_length
+        attention_mask = attention_mask if segment_ids is None else None  # these mark padding, too
+    derived, in_context = infilling_layout(input_ids, config, padding if segment_ids is None else segment_ids)
+    position_ids = derived + prefix_length if position_ids is None else position_ids
+    context_length = None
+    if is_ready:
+        mask = expand_mask(attention_mask, config, inputs_embeds.dtype)
+    else:
+        if segment_ids is None and not prefix_length:
+            context_length = shared_context_length(in_context, attention_mask, config)
+        if context_length:
+            mask = rows_behind_context(context_length, inputs_embeds, past_key_values)
+        elif context_length == 0:
+            mask = make_mask(config, inputs_embeds, attention_mask, past_key_values)
+        else:
+            mask = sample_mask(config, inputs_embeds, attention_mask, past_key_values, in_context, segment_ids)
+    is_known = is_derived and segment_ids is None
+    return InfillingAttention(mask, position_ids, context_length or None, True, in_context if is_known else None)
+
+
+def require_fitting_segments(
+    segment_ids: torch.Tensor | None, attention_mask: Mask, inputs_embeds: torch.Tensor, is_continued: bool
+) -> None:
+    """Raise ValueError unless numbers of packed samples cover the tokens, and nothing else does."""
+    if segment_ids is None:
+        return
+    if attention_mask is not None or is_continued:
         raise ValueError(
             "segment_ids mark padding and hold whole samples: leave out attention_mask and past_key_values"
         )
-    if segment_ids is not None and segment_ids.shape[1] != length:
+    if segment_ids.shape[1] != (length := inputs_embeds.shape[1]):
         raise ValueError(
             f"segment_ids must number each of the {length} tokens of a row, got {segment_ids.shape[1]}; learned "
             "tokens in front of packed samples would belong to none of them: use prefix tuning or LoRA instead"
         )
 
-    in_context = None
-    if past_length != prefix_length:
-        if position_ids is None and brings_context(input_ids, config):
-            raise ValueError(
-                "tokens of a context came with a filled cache, whose tokens would not see them; pass position_ids "
-                "and a 4D attention_mask to say what they see"
-            )
-        derived = continued_positions(attention_mask, length, past_length, inputs_embeds.device)
-    else:
-        if input_ids is None:
-            input_ids = torch.full(inputs_embeds.shape[:2], -1, device=inputs_embeds.device)
-            require_no_training(inputs_embeds)
-        padding = attention_mask[:, -length:] if is_padding_mask(attention_mask) else None
-        derived, in_context = infilling_layout(input_ids, config, padding if segment_ids is None else segment_ids)
-        derived = derived + prefix_length
-    position_ids = derived if position_ids is None else position_ids
-    if is_ready:
-        return expand_mask(attention_mask, config, inputs_embeds.dtype), position_ids, None
 
-    if in_context is not None and segment_ids is None and not prefix_length:
-        context_length = shared_context_length(in_context, attention_mask, config)
-        if context_length:
-            return rows_behind_context(context_length, inputs_embeds, past_key_values), position_ids, context_length
-        if context_length == 0:
-            in_context = None
-    if segment_ids is not None and in_context is not None and config._attn_implementation != "flex_attention":
-        return (
-            expand_mask(packed_mask(segment_ids, in_context, prefix_length), config, inputs_embeds.dtype),
-            position_ids,
-            None,
-        )
-    blocks = None
-    if in_context is not None:
-        blocks = torch.where(in_context, 0 if segment_ids is None else segment_ids, -1)
-        blocks = nn.functional.pad(blocks, (prefix_length, 0), value=-1)  # (B, P + L)
-    mask = create_causal_mask(
+def sample_mask(
+    config: GLMConfig,
+    inputs_embeds: torch.Tensor,
+    attention_mask: Mask,
+    past_key_values: Cache | None,
+    in_context: torch.Tensor,
+    segment_ids: torch.Tensor | None,
+) -> Mask:
+    """Return the mask of whole samples with contexts `(B, L)`, packed or one a row."""
+    prefix_length = getattr(past_key_values, "prefix_length", 0)
+    if segment_ids is not None and config._attn_implementation != "flex_attention":
+        return expand_mask(packed_mask(segment_ids, in_context, prefix_length), config, inputs_embeds.dtype)
+    blocks = torch.where(in_context, 0 if segment_ids is None else segment_ids, -1)
+    return make_mask(
         config,
         inputs_embeds,
         attention_mask,
         past_key_values,
         and_mask_function=None if segment_ids is None else same_segment(segment_ids, prefix_length),
-        block_sequence_ids=blocks,
+        block_sequence_ids=nn.functional.pad(blocks, (prefix_length, 0), value=-1),  # (B, P + L)
     )
-    return mask, position_ids, None
+
+
+def make_mask(
+    config: GLMConfig,
+    inputs_embeds: torch.Tensor,
+    attention_mask: Mask,
+    past_key_values: Cache | None,
+    block_sequence_ids: torch.Tensor | None = None,
+    **options: Any,
+) -> Mask:
+    """
+    Return a causal mask in which blocks see themselves, in the form of the attention implementation.
+
+    A function of the user's that is registered without one for its masks gets an additive mask, which all know.
+
+    Raises:
+        ValueError: If the implementation's masks, as those of flash attention, cannot hold two-way contexts.
+    """
+    name = config._attn_implementation
+    if name not in ALL_MASK_ATTENTION_FUNCTIONS._global_mapping:
+        config = copy.copy(config)
+        config._attn_implementation = "eager"
+    mask = create_causal_mask(
+        config, inputs_embeds, attention_mask, past_key_values, block_sequence_ids=block_sequence_ids, **options
+    )
+    is_dense = isinstance(mask, BlockMask) or (isinstance(mask, torch.Tensor) and mask.ndim == 4)
+    if block_sequence_ids is not None and not is_dense:
+        raise ValueError(
+            f"the attention implementation {name!r} makes masks that would drop the two-way context; use sdpa, eager "
+            "or flex_attention, or register a mask function for it that returns 4D masks"
+        )
+    return mask
 
 
 def packed_mask(segment_ids: torch.Tensor, in_context: torch.Tensor, prefix_length: int) -> torch.Tensor:
@@ -133,18 +197,6 @@ def packed_mask(segment_ids: torch.Tensor, in_context: torch.Tensor, prefix_leng
     return nn.functional.pad(visible, (prefix_length, 0), value=True)[:, None]
 
 
-def brings_context(input_ids: torch.Tensor | None, config: GLMConfig) -> bool:
-    """Tell whether several new tokens `(B, L)` hold a `sop` behind others, as they do when a context is added."""
-    if input_ids is None or input_ids.shape[1] == 1 or is_tracing(input_ids) or input_ids.is_meta:
-        return False
-    return bool((input_ids[:, 1:] == config.sop_token_id).any())
-
-
-def is_padding_mask(attention_mask: Mask) -> TypeGuard[torch.Tensor]:
-    """Tell whether a mask is `(B, S)` and so marks padding only."""
-    return isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
-
-
 def expand_mask(attention_mask: Mask, config: GLMConfig, dtype: torch.dtype) -> Mask:
     """Bring a ready mask `(B or 1, 1, L, S)`, 1 or True on what is seen, into the form the implementation takes."""
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.is_floating_point():
@@ -158,15 +210,6 @@ def expand_mask(attention_mask: Mask, config: GLMConfig, dtype: torch.dtype) -> 
             lambda row, head, query, key: visible[row, 0, query, key], batch, None, length, kv_length, visible.device
         )
     return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
-
-
-def continued_positions(
-    attention_mask: Mask, length: int, past_length: int | torch.Tensor, device: torch.device
-) -> torch.Tensor:
-    """Return `(B or 1, L)` positions that count on from a filled cache; padding is not counted."""
-    if is_padding_mask(attention_mask):
-        return (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -length:]
-    return torch.arange(length, device=device)[None] + past_length
 
 
 def shared_context_length(in_context: torch.Tensor, padding: Mask, config: GLMConfig) -> int | None:
@@ -200,26 +243,31 @@ def same_segment(segment_ids: torch.Tensor, prefix_length: int) -> Callable[...,
     return lambda batch, head, query, key: (segments[batch, query] == segments[batch, key]) | (key < prefix_length)
 
 
-@torch.no_grad()
 def layout_ids(inputs_embeds: torch.Tensor, embed_tokens: nn.Module, config: GLMConfig) -> torch.Tensor | None:
     """
-    Find the tokens that shape a sample among embeddings `(B, L, D)`: those equal to the row of `sop` or of a mask.
+    Find the tokens that shape a sample among embeddings `(B, L, D)`: `sop` and the masks of short blanks.
 
-    Embedding looks rows up and so keeps them to the last bit. Learned tokens in front of a text (prompt tuning,
-    P-tuning) equal no row and thus belong to the context; one that was made as a copy of such a row, and not trained
-    since, counts as its token.
+    Learned tokens in front of a text (prompt tuning, P-tuning) equal no row of the embedding and thus belong to the
+    context; one that was made as a copy of such a row, and not trained since, counts as its token.
 
     Returns:
         Ids `(B, L)`, -1 for every other token, or None if there is no `sop`, which leaves the context unknown.
     """
     special_ids = (config.mask_token_id, config.smask_token_id, config.sop_token_id)
-    rows = embed_tokens(torch.tensor(special_ids, device=inputs_embeds.device)).to(inputs_embeds)
-    ids = torch.full(inputs_embeds.shape[:2], -1, device=inputs_embeds.device)
-    for token_id, row in zip(special_ids, rows, strict=True):
-        ids.masked_fill_((inputs_embeds == row).all(2), token_id)
+    ids = find_tokens(inputs_embeds, embed_tokens, special_ids)
     if is_tracing(ids) or ids.is_meta or bool((ids == config.sop_token_id).any()):
         return ids
     return None
+
+
+@torch.no_grad()
+def find_tokens(inputs_embeds: torch.Tensor, embed_tokens: nn.Module, token_ids: Sequence[int]) -> torch.Tensor:
+    """Return ids `(B, L)` of embeddings that equal a token's row, to the last bit, and -1 elsewhere."""
+    rows = embed_tokens(torch.tensor(token_ids, device=inputs_embeds.device)).to(inputs_embeds)
+    ids = torch.full(inputs_embeds.shape[:2], -1, device=inputs_embeds.device)
+    for token_id, row in zip(token_ids, rows, strict=True):
+        ids.masked_fill_((inputs_embeds == row).all(2), token_id)
+    return ids
 
 
 def require_no_training(inputs_embeds: torch.Tensor) -> None:

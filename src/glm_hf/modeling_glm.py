@@ -27,18 +27,21 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, PackedColwiseParallel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, MaskedLMOutput
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .cache_glm import remember_layout
 from .configuration_glm import GLMConfig
-from .generation_glm import GLMGenerationMixin
+from .filling_glm import BlankGenerationMixin
 from .infilling_glm import masked_lm_layout
-from .masking_glm import Mask, infilling_attention, is_padding_mask, layout_ids
+from .masking_glm import infilling_attention, layout_ids
+from .positions_glm import Mask, is_padding_mask, require_known_packing, warn_of_causal_rows
 from .rotary_glm import GLMRotaryEmbedding, apply_rotary
+from .versions_glm import CACHE, one_cache, require_known_cache
 
 
 def eager_attention_forward(
@@ -175,9 +178,9 @@ class GLMLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: torch.Tensor,
+        past_key_values: Cache | None = None,
         attention_mask: Mask = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        past_key_values: Cache | None = None,
         context_length: int | None = None,
         drops_context: bool = False,
         **kwargs: Unpack[TransformersKwargs],
@@ -187,9 +190,10 @@ class GLMLayer(GradientCheckpointingLayer):
 
         Args:
             hidden_states: `(B, L, D)`.
+            past_key_values: Cache, updated in place; by its place, since by its name it is dropped, by different
+                versions of transformers in different cases, under gradient checkpointing.
             attention_mask: In the form of the attention implementation, None where nothing is hidden but the future.
             position_embeddings: Cosines and signed sines `(B, L, K)`.
-            past_key_values: Cache, updated in place.
             context_length: If given, the first `context_length` tokens of every row see exactly each other, and
                 `attention_mask` holds the rows of the others.
             drops_context: Whether to leave these first tokens out of the result; their keys and values are computed.
@@ -217,7 +221,7 @@ class GLMPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["GLMLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_flash_attn = False  # its masks would silently drop the two-way context
@@ -327,7 +331,7 @@ class GLMModel(GLMPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         num_outputs: int = 0,
-        decode_position_ids: torch.Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         """
@@ -342,16 +346,16 @@ class GLMModel(GLMPreTrainedModel):
             input_ids: `(B, L)` token ids.
             attention_mask: 1 or True where a token may be seen. `(B, S)` marks padding and is joined with the mask
                 above; `(B or 1, 1, L, S)` replaces it, under every attention implementation.
-            position_ids: `(B, L)` rotary positions; replace the derived ones.
-            past_key_values: Cache of earlier tokens.
+            position_ids: `(B, L)` rotary positions; replace the derived ones. Plain counts, which libraries for causal
+                models pass, do not: where they begin anew within a row they delimit packed samples.
+            past_key_values: Cache of earlier tokens. New ones stay at the mask of their blank, or count on.
             segment_ids: `(B, L)` integers from 0 to `L` for samples packed side by side in a row: the number of a
                 token's sample, 0 on padding. Each sample sees only itself and has its own context and positions.
             inputs_embeds: `(B, L, D)` instead of `input_ids`.
             use_cache: Whether to return the cache.
             num_outputs: How many tokens at the end have their states used, 0 for all. The last layer then leaves out
                 the context where that is possible, and `last_hidden_state` is shorter, but never than this.
-            decode_position_ids: Taken where no `position_ids` come: what `generate` gives tokens behind a learned
-                prompt, since PEFT drops `position_ids` there.
+            cache: Name of `past_key_values` from transformers 5.24 on.
             **kwargs: Passed to the attention implementation.
 
         Returns:
@@ -359,11 +363,16 @@ class GLMModel(GLMPreTrainedModel):
 
         Raises:
             ValueError: If not exactly one of `input_ids` and `inputs_embeds` is given, `segment_ids` come together
-                with an `attention_mask` or a filled cache, a context comes with a filled cache, or embeddings without
-                `sop` are trained on.
+                with an `attention_mask` or a filled cache, a context comes with a filled cache, packed samples are
+                marked by something that is not read here, embeddings without `sop` are trained on, or a filled cache
+                comes under gradient checkpointing.
+            RuntimeError: If a cache comes under an unknown name.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        require_known_cache(kwargs, "the model")
+        require_known_packing(kwargs, position_ids, segment_ids)
+        past_key_values = self._usable_cache(one_cache(past_key_values, cache))
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         elif attention_mask is None or is_padding_mask(attention_mask):
@@ -373,32 +382,40 @@ class GLMModel(GLMPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 
-        attention_mask, position_ids, context_length = infilling_attention(
-            self.config,
-            input_ids,
-            inputs_embeds,
-            attention_mask,
-            decode_position_ids if position_ids is None else position_ids,
-            past_key_values,
-            segment_ids,
+        attention = infilling_attention(
+            self.config, input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, segment_ids
         )
-        position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
+        position_embeddings = self.rotary_emb(inputs_embeds, attention.position_ids)
         hidden_states = inputs_embeds
-        drops_context = context_length is not None and 0 < num_outputs <= inputs_embeds.shape[1] - context_length
+        num_rest = inputs_embeds.shape[1] - (attention.context_length or 0)
+        drops_context = attention.context_length is not None and 0 < num_outputs <= num_rest
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
-                attention_mask=attention_mask,
+                past_key_values,
+                attention_mask=attention.mask,
                 position_embeddings=position_embeddings,
-                past_key_values=past_key_values,
-                context_length=context_length,
+                context_length=attention.context_length,
                 drops_context=drops_context and layer is self.layers[-1],
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        if past_key_values is not None and attention.fills_cache:
+            remember_layout(past_key_values, input_ids, attention.position_ids, attention.in_context, self.config)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: past_key_values})
+
+    def _usable_cache(self, cache: Cache | None) -> Cache | None:
+        """Return the cache; where layers are computed twice, None for an empty one, ValueError for a filled one."""
+        if cache is None or not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()):
+            return cache
+        if cache.get_seq_length() > 0:
+            raise ValueError(
+                "gradient checkpointing computes layers twice, which a filled cache or a learned prefix cannot take; "
+                "switch it off by model.gradient_checkpointing_disable()"
+            )
+        return None
 
 
-class GLMForBlankInfilling(GLMPreTrainedModel, GLMGenerationMixin):
+class GLMForBlankInfilling(GLMPreTrainedModel, BlankGenerationMixin):
     """GLM with its output matrix: predicts the next token of a blank, and generates."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -426,6 +443,7 @@ class GLMForBlankInfilling(GLMPreTrainedModel, GLMGenerationMixin):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         """
@@ -444,6 +462,7 @@ class GLMForBlankInfilling(GLMPreTrainedModel, GLMGenerationMixin):
             use_cache: Whether to return the cache.
             logits_to_keep: Compute logits of the last so many tokens only, 0 for all; or of the given indices; or of
                 the tokens that a bool mask `(B, L)` marks, `(tokens, V)` in the order of the rows.
+            cache: As in `GLMModel.forward`.
             **kwargs: Passed to the attention implementation and the loss.
 
         Returns:
@@ -451,6 +470,9 @@ class GLMForBlankInfilling(GLMPreTrainedModel, GLMGenerationMixin):
         """
         wants_all = kwargs.get("output_hidden_states", self.config.output_hidden_states)
         num_outputs = logits_to_keep if isinstance(logits_to_keep, int) and not wants_all else 0
+        has_labels = labels is not None or kwargs.get("shift_labels") is not None
+        if has_labels:
+            warn_of_causal_rows(input_ids, self.config)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -460,23 +482,31 @@ class GLMForBlankInfilling(GLMPreTrainedModel, GLMGenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             num_outputs=num_outputs,
+            cache=cache,
             **kwargs,
         )
-        is_mask = isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.dtype == torch.bool
-        hidden_states = outputs.last_hidden_state
-        logits = self.lm_head(
-            hidden_states[logits_to_keep] if is_mask else slice_logits_to_keep(hidden_states, logits_to_keep)
-        )
+        logits = self.lm_head(kept_states(outputs.last_hidden_state, logits_to_keep))
         loss = None
-        if labels is not None or kwargs.get("shift_labels") is not None:
+        if has_labels:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: outputs[CACHE] if CACHE in outputs else None},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+
+def kept_states(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """Return the states `(B, L, D)` of the last so many tokens, of given ones, or `(tokens, D)` of those in a mask."""
+    if isinstance(logits_to_keep, int):
+        return hidden_states[:, -logits_to_keep:]  # all for 0
+    if logits_to_keep.dtype == torch.bool:
+        return hidden_states[logits_to_keep]
+    if logits_to_keep.ndim == 2:
+        return hidden_states.take_along_dim(logits_to_keep[..., None], dim=1)
+    return hidden_states[:, logits_to_keep]
 
 
 class GLMForMaskedLM(GLMPreTrainedModel):

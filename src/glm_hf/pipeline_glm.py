@@ -14,8 +14,10 @@ from transformers.pipelines import PIPELINE_REGISTRY, FillMaskPipeline, TextGene
 from transformers.pipelines.text_generation import ReturnType
 
 from .configuration_glm import GLMConfig
-from .generation_glm import Blank, suppress_blanks, unpad
+from .filling_glm import Blank
 from .infilling_glm import mask_token_ids, prepare_context, splice_blank
+from .prompts_glm import suppress_blanks, unpad
+from .rows_glm import arguments_of_rows
 
 
 class BlankInfillingPipeline(FillMaskPipeline):
@@ -49,6 +51,10 @@ class BlankInfillingPipeline(FillMaskPipeline):
                 f"the tokenizer has {len(self.tokenizer)} tokens, but the model's vocabulary has "
                 f"{model.config.vocab_size} rows; use the tokenizer that belongs to the model"
             )
+
+    def __call__(self, inputs: str | list[str], **kwargs: Any) -> list[Any]:
+        """Fill one text or several; none gives an empty list."""
+        return [] if inputs == [] else super().__call__(inputs, **kwargs)
 
     def _sanitize_parameters(
         self,
@@ -102,7 +108,8 @@ class BlankInfillingPipeline(FillMaskPipeline):
         blanks: list[list[list[Blank]]] = [[] for _ in texts]
         for number in range(max(num_masks)):
             rows = [row for row, count in enumerate(num_masks) if number < count]
-            proposed = self._propose([contexts[row] for row in rows], top_k, targets, generate_kwargs)
+            options = arguments_of_rows(generate_kwargs, rows, len(texts))
+            proposed = self._propose([contexts[row] for row in rows], top_k, targets, options)
             for row, proposals in zip(rows, proposed, strict=True):
                 blanks[row].append(proposals)
                 contexts[row] = splice_blank(contexts[row], proposals[0].ids, config)
@@ -164,7 +171,7 @@ class BlankInfillingPipeline(FillMaskPipeline):
 
 
 class GLMTextGenerationPipeline(TextGenerationPipeline):
-    """Continue a prompt that is read both ways: `[gMASK]` and `sop` are put behind it."""
+    """Continue a prompt that is read both ways, `[gMASK]` and `sop` behind it, or answer the turns of a chat."""
 
     def __new__(cls, model: Any, *args: Any, **kwargs: Any) -> TextGenerationPipeline:
         """Make transformers' own pipeline for models of other kinds."""
@@ -172,11 +179,17 @@ class GLMTextGenerationPipeline(TextGenerationPipeline):
             return TextGenerationPipeline(model, *args, **kwargs)
         return super().__new__(cls)
 
+    def __call__(self, text_inputs: Any, **kwargs: Any) -> list[Any]:
+        """Continue one prompt or chat, or several; none gives an empty list."""
+        return [] if text_inputs == [] else super().__call__(text_inputs, **kwargs)
+
     def preprocess(self, prompt_text: Any, **kwargs: Any) -> dict[str, Any]:
-        """Encode a prompt and complete it to a context."""
+        """Encode a prompt and complete it to a context; chats, and prompts with `sop`, are complete already."""
         inputs = super().preprocess(prompt_text, **kwargs)
         config = self.model.config
         ids = inputs["input_ids"][0].tolist()
+        if config.sop_token_id in ids:
+            return inputs
         if set(mask_token_ids(config)).intersection(ids):
             raise ValueError('text-generation continues a text without masks; use pipeline("fill-mask") to fill masks')
         inputs["input_ids"] = torch.tensor([[*prepare_context(ids, config), config.sop_token_id]])
@@ -192,13 +205,18 @@ class GLMTextGenerationPipeline(TextGenerationPipeline):
     ) -> list[dict[str, Any]]:
         """Decode the answer as the continuation of the prompt, which keeps the blank between them."""
         records = super().postprocess(model_outputs, return_type=return_type, **kwargs)
-        if return_type == ReturnType.TENSORS or not isinstance(model_outputs["prompt_text"], str):
+        if return_type == ReturnType.TENSORS:
             return records
-        length = model_outputs["input_ids"].shape[-1]
+        prompt, length = model_outputs["prompt_text"], model_outputs["input_ids"].shape[-1]
         for record, ids in zip(records, model_outputs["generated_sequence"][0].tolist(), strict=True):
-            answer = continuation(self.tokenizer, ids[:length], ids[length:])
-            is_full = return_type == ReturnType.FULL_TEXT
-            record["generated_text"] = model_outputs["prompt_text"] + answer if is_full else answer
+            text, answer = record["generated_text"], continuation(self.tokenizer, ids[:length], ids[length:])
+            if not isinstance(prompt, str) and return_type == ReturnType.FULL_TEXT:
+                is_new = len(text) > len(prompt.messages)  # or the last turn was continued
+                before, start = ("", []) if is_new else (prompt.messages[-1]["content"], ids[:length])
+                text[-1] = text[-1] | {"content": before + continuation(self.tokenizer, start, ids[length:])}
+            else:
+                is_full = isinstance(prompt, str) and return_type == ReturnType.FULL_TEXT
+                record["generated_text"] = prompt + answer if is_full else answer
         return records
 
 

@@ -281,7 +281,7 @@ def test_masked_lm_hands_its_weights_to_the_generating_head(name):
 
 
 def test_embeddings_are_continued_from_their_last_position():
-    row = [21, 22, 23, 24]
+    row = [21, 22, 23, 24, GMASK, SOP]
     expected = MODEL.generate(torch.tensor([row]), max_new_tokens=NEW, min_new_tokens=NEW)[0, len(row) :]
     for options in ({}, {"use_cache": False}, {"num_beams": 1, "cache_implementation": "static"}):
         embeds = MODEL.get_input_embeddings()(torch.tensor([row]))
@@ -310,10 +310,10 @@ def test_cache_must_hold_the_first_sop(cached):
             MODEL.generate(longer, past_key_values=cache, max_new_tokens=1)
 
 
-def test_causal_cache_of_a_text_without_sop_is_continued():
+def test_causal_cache_is_continued():
     cache = DynamicCache(config=CONFIG)
-    MODEL(torch.tensor([[11, 12, 13]]), past_key_values=cache)
-    row = torch.tensor([[11, 12, 13, 14]])
+    MODEL(torch.tensor([[GMASK, SOP, 11, 12, 13]]), past_key_values=cache)
+    row = torch.tensor([[GMASK, SOP, 11, 12, 13, 14]])
     continued = MODEL.generate(row, past_key_values=cache, max_new_tokens=4)
     assert continued.tolist() == MODEL.generate(row, max_new_tokens=4).tolist()
 
@@ -376,12 +376,3 @@ def test_offloaded_weights_fill_blanks(tmp_path):
         tmp_path / "model", device_map={"": "disk"}, offload_folder=tmp_path / "offload"
     )
     assert offloaded.fill_blanks(TEXTS, max_new_tokens=3) == MODEL.fill_blanks(TEXTS, max_new_tokens=3)
-
-
-def test_prompt_without_sop_warns_once(monkeypatch):
-    warnings = []
-    monkeypatch.setattr("glm_hf.generation_glm.logger.warning_once", warnings.append)
-    MODEL.generate(torch.tensor([LONG]), max_new_tokens=1)
-    assert warnings == []
-    MODEL.generate(torch.tensor([[11, 12]]), max_new_tokens=1)
-    assert "read causally" in warnings[0]

@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from golden import golden_model
+from packaging.version import Version
 from peft import (
     AdaLoraConfig,
     IA3Config,
@@ -23,6 +24,7 @@ from peft import (
 from torch import nn
 from torch.nn.functional import gelu, layer_norm
 from transformers.cache_utils import DynamicCache
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from glm_hf import GLMForBlankInfilling
 
@@ -391,6 +393,9 @@ def test_default_targets_are_known(config, targets):
         assert len(scales) == 2 * CONFIG.num_hidden_layers
 
 
+@pytest.mark.skipif(
+    Version(peft.__version__) < Version(MIN_PEFT_VERSION), reason="transformers asks for a newer peft than there is"
+)
 def test_adapter_of_transformers_finds_its_targets():
     model = copy.deepcopy(MODEL)
     model.add_adapter(LoraConfig(r=2))

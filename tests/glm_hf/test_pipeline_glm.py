@@ -18,7 +18,7 @@ from transformers import (
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from glm_hf import BlankInfillingPipeline, GLMForBlankInfilling, GLMForMaskedLM
-from glm_hf.generation_glm import Blank
+from glm_hf.filling_glm import Blank
 from glm_hf.pipeline_glm import GLMTextGenerationPipeline, best_first, continuation
 
 ONE = "the people [MASK] the time"

@@ -29,7 +29,7 @@ trust = {"trust_remote_code": True}
 config = AutoConfig.from_pretrained(folder, **trust)
 results["classes"] = {"AutoConfig": (type(config).__module__, type(config).__name__)}
 results["outputs"] = {}
-for auto in [name for name in config.auto_map if name != "AutoConfig"]:
+for auto in [name for name in config.auto_map if name != "AutoConfig" and hasattr(transformers, name)]:
     model = getattr(transformers, auto).from_pretrained(folder, **trust).eval()
     results["classes"][auto] = (type(model).__module__, type(model).__name__)
     with torch.no_grad():

@@ -1,0 +1,145 @@
+"""Where tokens stand: positions that callers give, plain counts instead of them, and steps behind a cache.
+
+Shapes: `B` batch, `L` new tokens, `S` all tokens with those in the cache, `D` hidden.
+"""
+
+from typing import Any, TypeGuard
+
+import torch
+from torch import nn
+from torch.nn.attention.flex_attention import BlockMask
+from transformers.cache_utils import Cache
+from transformers.utils import logging
+from transformers.utils.import_utils import is_tracing
+
+from .cache_glm import recall_frozen
+from .configuration_glm import GLMConfig
+from .infilling_glm import infilling_layout
+
+Mask = torch.Tensor | BlockMask | None
+PACKING_ARGUMENTS = ("cu_seq_lens_q", "seq_idx")  # of flash attention
+CAUSAL_ROWS = (
+    "labels came with rows that hold no sop and are read causally, not as GLM reads; lay rows out as context, sop, "
+    "answer and eop, by DataCollatorForBlankInfilling or the tokenizer's chat template"
+)
+
+logger = logging.get_logger(__name__)
+
+
+def step_positions(
+    config: GLMConfig,
+    input_ids: torch.Tensor | None,
+    inputs_embeds: torch.Tensor,
+    attention_mask: Mask,
+    position_ids: torch.Tensor | None,
+    past_key_values: Cache,
+) -> torch.Tensor:
+    """Return positions `(B, L)` of tokens behind a filled cache: those given, unless they are plain counts."""
+    batch, length, _ = inputs_embeds.shape
+    counted = continued_positions(attention_mask, length, past_key_values.get_seq_length(), inputs_embeds.device)
+    counted = counted.expand(batch, length)
+    if position_ids is None:
+        if brings_context(input_ids, config):
+            raise ValueError(
+                "tokens of a context came with a filled cache, whose tokens would not see them; pass position_ids "
+                "and a 4D attention_mask to say what they see"
+            )
+    elif getattr(past_key_values, "glm_layout", None) is None or is_tracing(position_ids):
+        return position_ids
+    frozen = recall_frozen(past_key_values, input_ids, batch, config)[:, None].to(counted.device)
+    own = torch.where(frozen >= 0, frozen, counted)
+    if position_ids is None:
+        return own
+    return torch.where((position_ids == counted).all(1, keepdim=True), own, position_ids)
+
+
+def read_positions(
+    position_ids: torch.Tensor, input_ids: torch.Tensor, padding: torch.Tensor | None, config: GLMConfig
+) -> tuple[torch.Tensor, torch.Tensor | None, bool]:
+    """
+    Tell what is meant by positions `(B, L)` of whole rows that a caller gives.
+
+    Libraries written for causal models pass plain counts, which begin anew with every packed sample. Such a count is
+    no position of a blank: GLM's own positions take its place, in each of the samples that it delimits.
+
+    Args:
+        position_ids: As given.
+        input_ids: `(B, L)`.
+        padding: `(B, L)`, 1 or True on tokens.
+        config: Holds the special ids.
+
+    Returns:
+        Positions to use; `segment_ids` `(B, L)` if rows are packed; whether all rows have the positions of their
+        layout.
+
+    Raises:
+        ValueError: If positions start again within a row, but are not plain counts.
+    """
+    is_token = torch.ones_like(input_ids, dtype=torch.bool) if padding is None else padding.bool()
+    derived = infilling_layout(input_ids, config, padding)[0]
+    index = is_token.long().cumsum(1) - 1
+    is_start = is_token & ((position_ids == 0) | (index == 0))
+    since_start = index - index.masked_fill(~is_start, 0).cummax(1).values
+    is_counted = ((position_ids == since_start) | ~is_token).all(1, keepdim=True)
+    is_derived = ((position_ids == derived) | ~is_token).all(1, keepdim=True)
+    is_replaced = is_counted & ~is_derived
+    segment_ids = torch.where(is_replaced, is_start.long().cumsum(1), 1) * is_token
+    before = nn.functional.pad(position_ids, (1, 0))[:, :-1]
+    starts_again = is_start & (index > 0) & (before != 0) & (input_ids != config.sop_token_id)
+    is_unclear = (starts_again & ~is_counted & ~is_derived).any()
+    if not (is_tracing(input_ids) or input_ids.is_meta):
+        unclear, num_segments, num_rows, fits = torch.stack(
+            (is_unclear.long(), segment_ids.amax(), is_replaced.sum(), (is_replaced | is_derived).all().long())
+        ).tolist()
+        if unclear:
+            raise ValueError(
+                "position_ids start again within a row, as those of packed samples do, but are no plain counts; pass "
+                "segment_ids to keep samples apart"
+            )
+        if not num_rows:
+            return position_ids, None, bool(fits)
+        if num_segments == 1:
+            return torch.where(is_replaced, derived, position_ids), None, bool(fits)
+    return (
+        torch.where(is_replaced, infilling_layout(input_ids, config, segment_ids)[0], position_ids),
+        segment_ids,
+        False,
+    )
+
+
+def continued_positions(
+    attention_mask: Mask, length: int, past_length: int | torch.Tensor, device: torch.device
+) -> torch.Tensor:
+    """Return `(B or 1, L)` positions that count on from a filled cache; padding is not counted."""
+    if is_padding_mask(attention_mask):
+        return (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -length:]
+    return torch.arange(length, device=device)[None] + past_length
+
+
+def brings_context(input_ids: torch.Tensor | None, config: GLMConfig) -> bool:
+    """Tell whether several new tokens `(B, L)` hold a `sop` behind others, as they do when a context is added."""
+    if input_ids is None or input_ids.shape[1] == 1 or is_tracing(input_ids) or input_ids.is_meta:
+        return False
+    return bool((input_ids[:, 1:] == config.sop_token_id).any())
+
+
+def is_padding_mask(attention_mask: Mask) -> TypeGuard[torch.Tensor]:
+    """Tell whether a mask is `(B, S)` and so marks padding only."""
+    return isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
+
+
+def require_known_packing(
+    arguments: dict[str, Any], position_ids: torch.Tensor | None, segment_ids: torch.Tensor | None
+) -> None:
+    """Raise ValueError if samples are packed by the arguments of flash attention alone, which nothing here reads."""
+    marks = [name for name in PACKING_ARGUMENTS if arguments.get(name) is not None]
+    if marks and position_ids is None and segment_ids is None:
+        raise ValueError(f"{marks[0]} does not keep packed samples apart here; pass segment_ids or position_ids")
+
+
+def warn_of_causal_rows(input_ids: torch.Tensor | None, config: GLMConfig) -> None:
+    """Warn once that rows `(B, L)` with labels have no `sop`, and are trained on causally."""
+    if input_ids is None or is_tracing(input_ids) or input_ids.is_meta:
+        return
+    if not (input_ids == config.sop_token_id).any(1).all():
+        logger.warning_once(CAUSAL_ROWS)
