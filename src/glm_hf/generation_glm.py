@@ -3,6 +3,7 @@
 Positions and context are derived from the full ids at every step, so nothing has to be carried along.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,7 +18,7 @@ from .infilling_glm import infilling_layout, mask_token_ids
 from .masking_glm import find_tokens, layout_ids, make_mask
 from .peft_glm import num_virtual_tokens
 from .positions_glm import Mask, is_padding_mask
-from .prompts_glm import complete_prompts, needs_completion, place_embeddings, suppress_blanks
+from .prompts_glm import Prompts, complete_embeddings, complete_prompts, needs_completion, suppress_blanks
 from .versions_glm import CACHE, CACHE_NAMES, hook_error, one_cache, require_known_cache, require_known_hooks
 
 DEFAULT_NEW_TOKENS = 128
@@ -73,6 +74,8 @@ class GLMGenerationMixin(GenerationMixin):
         settings = generation_config if generation_config is not None else self.generation_config
         if kwargs.get("prefill_chunk_size", settings.prefill_chunk_size) is not None:
             raise ValueError("prefill_chunk_size would hide later context from earlier; leave it unset")
+        if kwargs.get("token_healing", settings.token_healing):
+            raise ValueError("token_healing would write the end of the prompt, which is sop, anew; leave it unset")
         require_known_hooks(super())
         require_known_cache({name: value for name, value in kwargs.items() if name not in CACHE_NAMES}, "generate")
         if (cache := one_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))) is not None:
@@ -82,22 +85,25 @@ class GLMGenerationMixin(GenerationMixin):
         is_reused = cache is not None and not settings.is_assistant and int(cache.get_seq_length()) > 0
         if is_reused:
             self._check_reused_cache(kwargs.get("input_ids"), cache)
-        returned = self._complete_arguments(kwargs, settings)
-        if is_reused and returned is not None:
+        given, completed = kwargs.get("input_ids"), self._complete_arguments(kwargs, settings)
+        if is_reused and completed is not None:
             raise ValueError(GROWN_CONTEXT)
         num_new = self._num_new_tokens(longest_row(kwargs), {**kwargs, "generation_config": settings})
         kwargs = {name: value for name, value in kwargs.items() if name != "max_length"} | {"max_new_tokens": num_new}
+        if generation_config is not None:  # which takes no further settings beside it
+            generation_config = copy.deepcopy(generation_config)
+            kwargs = generation_config.update(**kwargs)
+            generation_config.max_length = None
         with self._running(kwargs):
             outputs = super().generate(generation_config=generation_config, **kwargs)
-        return outputs if returned is None else with_prompts(outputs, kwargs["input_ids"].shape[1], returned)
+        if completed is None or completed.columns is None:
+            return outputs
+        if isinstance(used := kwargs.get(CACHE, getattr(outputs, CACHE, None)), Cache):
+            used.glm_rows_were_moved = True
+        return outputs if given is None else with_prompts(outputs, torch.cat((given, completed.added), dim=1))
 
-    def _complete_arguments(self, arguments: dict[str, Any], settings: GenerationConfig) -> torch.Tensor | None:
-        """
-        Complete prompts among the arguments of `generate`, in place.
-
-        Returns:
-            The prompts `(B, W)` as they are to be returned, None if they are as given.
-        """
+    def _complete_arguments(self, arguments: dict[str, Any], settings: GenerationConfig) -> Prompts | None:
+        """Complete prompts among the arguments of `generate`, in place, and return them; None if there are none."""
         config = self.config
         if (negative := arguments.get("negative_prompt_ids")) is not None:
             mask = arguments.get("negative_prompt_attention_mask")
@@ -106,8 +112,9 @@ class GLMGenerationMixin(GenerationMixin):
                 arguments["negative_prompt_ids"] = prompts.input_ids
                 arguments["negative_prompt_attention_mask"] = prompts.attention_mask
         mask, embeds = arguments.get("attention_mask"), arguments.get("inputs_embeds")
-        ids = given = arguments.get("input_ids")
-        if embeds is not None and (given is None or not given.shape[1]):
+        ids = arguments.get("input_ids")
+        gives_ids = ids is not None and ids.shape[-1] > 0
+        if embeds is not None and not gives_ids:
             structural = (*mask_token_ids(config), config.eos_token_id, config.sop_token_id)
             ids = find_tokens(embeds, self.get_input_embeddings(), structural)
             mask = torch.ones_like(ids) if mask is None else mask
@@ -120,15 +127,14 @@ class GLMGenerationMixin(GenerationMixin):
             )
         prompts = complete_prompts(ids, mask, config)
         arguments["attention_mask"] = prompts.attention_mask
+        if gives_ids:
+            arguments["input_ids"] = prompts.input_ids
         if embeds is not None:
-            arguments["inputs_embeds"] = place_embeddings(embeds, mask, prompts, self.get_input_embeddings())
-        if prompts.is_completed:
+            arguments["inputs_embeds"] = complete_embeddings(embeds, prompts, self.get_input_embeddings())
+        if prompts.added.shape[1]:
             options = {"suppress_tokens": settings.suppress_tokens, **arguments}
             arguments["suppress_tokens"] = suppress_blanks(options, config)["suppress_tokens"]
-        if ids is not given:
-            return None
-        arguments["input_ids"] = prompts.input_ids
-        return prompts.returned
+        return prompts
 
     @contextmanager
     def _running(self, arguments: dict[str, Any]) -> Iterator[None]:
@@ -237,6 +243,8 @@ class GLMGenerationMixin(GenerationMixin):
     def _check_reused_cache(self, input_ids: torch.Tensor | None, cache: Cache) -> None:
         """Raise ValueError unless every row's context and first `sop` lie in the cache."""
         past_length = int(cache.get_seq_length())
+        if hasattr(cache, "glm_rows_were_moved"):
+            raise ValueError("rows of the cache were moved in a batch with others that had no sop; fill a cache anew")
         if hasattr(cache, "prefix_length"):
             raise ValueError("a cache behind a learned prefix cannot be reused; start without past_key_values")
         if input_ids is None or input_ids.shape[1] <= past_length:
@@ -278,11 +286,11 @@ def longest_row(arguments: dict[str, Any]) -> int:
     return embeds.shape[1] if embeds is not None else ids.shape[1] if isinstance(ids, torch.Tensor) else 1
 
 
-def with_prompts(outputs: Any, length: int, prompts: torch.Tensor) -> Any:
-    """Return what `generate` returned with `prompts` `(B, W)` instead of the first `length` columns of sequences."""
+def with_prompts(outputs: Any, prompts: torch.Tensor) -> Any:
+    """Return what `generate` returned with `prompts` `(B, W)` as the first columns of its sequences."""
     sequences = outputs if isinstance(outputs, torch.Tensor) else outputs.sequences
     prompts = prompts.to(sequences).repeat_interleave(len(sequences) // len(prompts), dim=0)
-    sequences = torch.cat((prompts, sequences[:, length:]), dim=1)
+    sequences = torch.cat((prompts, sequences[:, prompts.shape[1] :]), dim=1)
     if isinstance(outputs, torch.Tensor):
         return sequences
     outputs.sequences = sequences

@@ -389,14 +389,15 @@ class GLMModel(GLMPreTrainedModel):
         hidden_states = inputs_embeds
         num_rest = inputs_embeds.shape[1] - (attention.context_length or 0)
         drops_context = attention.context_length is not None and 0 < num_outputs <= num_rest
-        for layer in self.layers:
+        layers = self.layers[: self.config.num_hidden_layers]  # fewer in drafts that leave early
+        for layer in layers:
             hidden_states = layer(
                 hidden_states,
                 past_key_values,
                 attention_mask=attention.mask,
                 position_embeddings=position_embeddings,
                 context_length=attention.context_length,
-                drops_context=drops_context and layer is self.layers[-1],
+                drops_context=drops_context and layer is layers[-1],
                 **kwargs,
             )
         if past_key_values is not None and attention.fills_cache:

@@ -3,13 +3,14 @@
     as it comes   The capital of France is [MASK] .            The opposite of hot is
     completed     The capital of France is [MASK] . </s> sop   The opposite of hot is [gMASK] sop
 
-Inside, rows stand in an ordinary batch padded on the left. In what is returned, every prompt keeps its columns: what
-follows them is what was added, all of it special tokens, and then the answer.
+What is added stands behind the columns of the prompt, so that `sequences[:, L:]` holds special tokens and then the
+answer; rows that get less than others have padding in between. Only rows with a `sop` of their own, beside others
+without, are moved to the right end of the batch, and back in what is returned.
 
-Shapes: `B` rows, `L` columns as given, `W` columns of the completed batch, `D` hidden.
+Shapes: `B` rows, `L` columns as given, `W` columns with those added, `D` hidden.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,16 +22,16 @@ from .infilling_glm import mask_token_ids, prepare_context
 
 @dataclass(frozen=True)
 class Prompts:
-    """A batch of prompts that end in `sop`, or hold it."""
+    """A batch of prompts that hold `sop` and end in a token."""
 
     input_ids: torch.Tensor
-    """`(B, W)`, padded on the left."""
+    """`(B, W)`."""
     attention_mask: torch.Tensor
     """`(B, W)`, 1 on tokens."""
-    returned: torch.Tensor
-    """`(B, L + added)`: the prompts in their own columns, then padding and what was added to each."""
-    is_completed: bool
-    """Whether anything was added."""
+    added: torch.Tensor
+    """`(B, W - L)` what was added to each row, padded on the left."""
+    columns: torch.Tensor | None
+    """`(B, W)` where each column stood before rows were moved; None if none was."""
 
 
 def complete_prompts(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, config: GLMConfig) -> Prompts:
@@ -46,14 +47,17 @@ def complete_prompts(input_ids: torch.Tensor, attention_mask: torch.Tensor | Non
         ValueError: If a row is empty or cannot be completed, or the mask is not of the shape of the ids.
     """
     rows = unpad(input_ids, attention_mask, config.pad_token_id)
-    added = [[] if config.sop_token_id in row else added_tokens(row, config) for row in rows]
     if not all(rows):
         raise ValueError("a prompt is empty; give at least one token besides padding")
-    ids, mask = pad_left([[*row, *more] for row, more in zip(rows, added, strict=True)], config.pad_token_id)
-    behind, _ = pad_left(added, config.pad_token_id)
-    device = input_ids.device
-    returned = torch.cat((input_ids, behind.to(input_ids)), dim=1)
-    return Prompts(ids.to(device), mask.to(device), returned, is_completed=any(added))
+    is_token = (input_ids != config.pad_token_id if attention_mask is None else attention_mask).long()
+    behind = [[] if config.sop_token_id in row else added_tokens(row, config) for row in rows]
+    added, is_added = (part.to(input_ids.device) for part in pad_left(behind, config.pad_token_id))
+    ids, mask = torch.cat((input_ids, added), dim=1), torch.cat((is_token, is_added), dim=1)  # (B, W)
+    num_behind = mask.flip(1).argmax(1)  # padding behind the last token of each row
+    if not num_behind.any():
+        return Prompts(ids, mask, added, None)
+    columns = (torch.arange(ids.shape[1], device=ids.device) - num_behind[:, None]) % ids.shape[1]
+    return Prompts(ids.gather(1, columns), mask.gather(1, columns), added, columns)
 
 
 def added_tokens(row: Sequence[int], config: GLMConfig) -> list[int]:
@@ -68,21 +72,12 @@ def needs_completion(input_ids: torch.Tensor, attention_mask: torch.Tensor | Non
     return not bool((has_sop & last).all())
 
 
-def place_embeddings(
-    inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, prompts: Prompts, embed_tokens: torch.nn.Module
+def complete_embeddings(
+    inputs_embeds: torch.Tensor, prompts: Prompts, embed_tokens: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
     """Return the embeddings `(B, W, D)` of completed prompts, given those `(B, L, D)` of what they were made from."""
-    batch, length, _ = inputs_embeds.shape
-    is_token = torch.ones(batch, length) if attention_mask is None else attention_mask
-    rows = []
-    for embeds, kept, ids, mask in zip(
-        inputs_embeds, is_token, prompts.input_ids, prompts.attention_mask, strict=True
-    ):
-        own = embeds[kept.bool().to(embeds.device)]
-        num_before, num_tokens = int((mask == 0).sum()), len(own)
-        around = embed_tokens(torch.cat((ids[:num_before], ids[num_before + num_tokens :]))).to(embeds)
-        rows.append(torch.cat((around[:num_before], own, around[num_before:])))
-    return torch.stack(rows)
+    embeds = torch.cat((inputs_embeds, embed_tokens(prompts.added).to(inputs_embeds)), dim=1)
+    return embeds if prompts.columns is None else embeds.take_along_dim(prompts.columns[..., None], dim=1)
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -78,6 +78,29 @@ def test_assistant_decoding_equals_greedy(row):
     assert generated([row], assistant_model=assistant) == [brute_force_greedy(row)]
 
 
+@pytest.mark.parametrize("row", [SHORT, LONG], ids=["mask", "gmask"])
+def test_drafts_of_the_first_layers_leave_answers_as_they_are(row):
+    assert generated([row], assistant_early_exit=2) == [brute_force_greedy(row)]
+
+
+def step_by_hooks(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+    """Greedy search as a function that users hand to `generate`."""
+    is_first = True
+    for _ in range(NEW):
+        inputs = model.prepare_inputs_for_generation(
+            input_ids, next_sequence_length=None if is_first else 1, is_first_iteration=is_first, **kwargs
+        )
+        outputs = model(**inputs, return_dict=True)
+        kwargs = model._update_model_kwargs_for_generation(outputs, kwargs)
+        input_ids = torch.cat((input_ids, outputs.logits[:, -1:].argmax(-1)), dim=1)
+        is_first = False
+    return input_ids
+
+
+def test_decoding_functions_of_users_step_by_the_hooks():
+    assert generated(custom_generate=step_by_hooks) == [brute_force_greedy(SHORT), brute_force_greedy(LONG)]
+
+
 @pytest.mark.parametrize("rows", [[SHORT], [LONG], [SHORT, LONG]], ids=["mask", "gmask", "both"])
 def test_beam_search_is_the_same_with_every_cache_and_batch(rows):
     beams = {"num_beams": 3, "early_stopping": False}

@@ -215,3 +215,27 @@ def test_positions_and_caches_need_whole_prompts():
         MODEL.generate(ids, past_key_values=cache)
     with pytest.raises(ValueError, match="shape of input_ids"):
         MODEL.generate(ids, attention_mask=torch.ones(1, 5))
+
+
+def test_a_conversation_goes_on_in_the_columns_of_its_cache():
+    rows = [[21, 3, 33], [98, MASK, 141], [83, 23, MASK, 53, 71]]
+    options = {"max_new_tokens": 3, "min_new_tokens": 3}
+    outputs = MODEL.generate(padded(rows), **options, return_dict_in_generate=True)
+    longer = torch.cat((outputs.sequences, torch.tensor([[41], [42], [43]])), dim=1)
+    cache = outputs["cache"] if "cache" in outputs else outputs["past_key_values"]
+    continued = MODEL.generate(longer, past_key_values=cache, **options)
+    assert continued.tolist() == MODEL.generate(longer, **options).tolist()
+
+
+def test_a_cache_whose_rows_were_moved_is_not_reused():
+    rows = [[21, 3, 33], [GMASK, SOP, 41, 42]]
+    outputs = MODEL.generate(padded(rows), max_new_tokens=3, min_new_tokens=3, return_dict_in_generate=True)
+    cache = outputs["cache"] if "cache" in outputs else outputs["past_key_values"]
+    longer = torch.cat((outputs.sequences, torch.tensor([[41], [42]])), dim=1)
+    with pytest.raises(ValueError, match="rows of the cache were moved"):
+        MODEL.generate(longer, past_key_values=cache, max_new_tokens=3)
+
+
+def test_healing_of_the_last_token_is_refused():
+    with pytest.raises(ValueError, match="token_healing"):
+        MODEL.generate(torch.tensor([TEXTS[2]]), token_healing=True)
