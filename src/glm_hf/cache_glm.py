@@ -93,7 +93,7 @@ def recall_frozen(cache: Cache, input_ids: torch.Tensor | None, batch_size: int,
     if layout is None:
         raise ValueError(FOREIGN_CACHE)
     is_traced = is_tracing(layout.frozen) or layout.frozen.is_meta
-    if not is_traced and layout.last_sop >= 0 and int(cache.get_seq_length()) <= layout.last_sop:
+    if not is_traced and layout.last_sop >= 0 and int(cache.get_seq_length()) < layout.last_sop:
         raise ValueError("the cache was cut within its context, whose rest would not be seen both ways; fill it anew")
     if not is_traced and layout.last_sop < 0 and input_ids is not None and has_sop_in(input_ids, config):
         raise ValueError("the cache holds a context that was read causally, without its sop; read both in one pass")
@@ -107,6 +107,14 @@ def recall_frozen(cache: Cache, input_ids: torch.Tensor | None, batch_size: int,
     if layout.keys is None:
         return layout.frozen
     return layout.frozen[rows_in_cache(cache, layout)]
+
+
+def knows_positions(cache: Cache | None) -> bool:
+    """Tell whether a cache that grows holds rows that are all alike, so that new tokens need no look at all ids."""
+    layout = getattr(cache, "glm_layout", None)
+    if cache is None or layout is None or len(layout.frozen) > 1 or cache.is_compileable:
+        return False
+    return bool(cache.get_seq_length() > 0)
 
 
 def rows_in_cache(cache: Cache, layout: CachedLayout) -> torch.Tensor:

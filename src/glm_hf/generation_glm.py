@@ -1,6 +1,6 @@
 """Generation for a prefix language model: what differs from transformers' own.
 
-Positions and context are derived from the full ids at every step, so nothing has to be carried along.
+Positions and context are derived from the full ids, so nothing has to be carried along from step to step.
 """
 
 import copy
@@ -14,6 +14,7 @@ import torch
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationConfig, GenerationMixin
 
+from .cache_glm import knows_positions
 from .infilling_glm import infilling_layout, mask_token_ids
 from .masking_glm import find_tokens, layout_ids, make_mask
 from .peft_glm import num_virtual_tokens
@@ -178,7 +179,7 @@ class GLMGenerationMixin(GenerationMixin):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """
-        Prepare one forward pass, with positions derived from the full `input_ids` `(B, S)`.
+        Prepare one forward pass, with positions from the full `input_ids` `(B, S)` unless the cache knows them.
 
         Positions given to `generate` win; those of new tokens count on from the last one.
 
@@ -193,7 +194,7 @@ class GLMGenerationMixin(GenerationMixin):
         self._check_hook(attention_mask, position_ids)
         padding = attention_mask if is_padding_mask(attention_mask) else None
         ids = input_ids if inputs_embeds is None else self._ids_with_embedded(input_ids, inputs_embeds, padding)
-        if position_ids is None:
+        if position_ids is None and not knows_positions(cache):
             position_ids = infilling_layout(ids, self.config, padding)[0]
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
@@ -208,7 +209,8 @@ class GLMGenerationMixin(GenerationMixin):
         if kwargs.get("is_first_iteration") and mask is not None and not is_padding_mask(mask):
             raise hook_error("the hook create_masks_for_generate was not called")
         if not cache.is_compileable:
-            past_length, length = cache.get_seq_length(), model_inputs["position_ids"].shape[1]
+            new = model_inputs.get("inputs_embeds")
+            past_length, length = cache.get_seq_length(), (model_inputs["input_ids"] if new is None else new).shape[1]
             if past_length + length < ids.shape[1]:
                 raise hook_error(f"{ids.shape[1] - past_length - length} tokens were left out")
             if past_length and length > 1 and past_length + length > ids.shape[1]:  # PEFT hands on the last one only
