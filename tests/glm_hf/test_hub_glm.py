@@ -186,6 +186,7 @@ def test_the_folder_is_flat_and_holds_what_a_model_needs_only(source, exported):
         f"{part}_glm.py"
         for part in (
             "cache",
+            "chat",
             "configuration",
             "filling",
             "generation",
