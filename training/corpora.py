@@ -235,7 +235,7 @@ class _Reader:
 
     def _texts(self, batch: dict[str, list], before: int) -> list[list[int]]:
         texts = self._strings(batch, self.source.text, before)
-        documents = self.tokenizer(texts, split_special_tokens=True, verbose=False)["input_ids"]  # longer than the window
+        documents = self.tokenizer(texts, split_special_tokens=True, verbose=False)["input_ids"]
         return [[*ids, self.config.eos_token_id] for ids in documents if ids]
 
     def _instructions(self, batch: dict[str, list], before: int) -> list[list[int]]:

@@ -31,7 +31,7 @@ def main(output_dir: str = "runs/grpo") -> list[float]:
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     args = GRPOConfig(
         output_dir,
-        max_steps=30,
+        max_steps=20,
         per_device_train_batch_size=32,
         num_generations=8,
         max_completion_length=12,

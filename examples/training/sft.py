@@ -8,7 +8,7 @@ place, then with `peft_config`.
 import sys
 
 from datasets import load_dataset
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, pipeline
 from trl import SFTConfig, SFTTrainer
 
 import glm_hf
@@ -37,8 +37,8 @@ def main(output_dir: str = "runs/sft") -> list[str]:
     trainer = SFTTrainer(model, args, train_dataset=dataset, processing_class=tokenizer)
     trainer.train()
     trainer.save_model()
-    filled = model.eval().fill_blanks(tokenizer(QUESTIONS)["input_ids"], max_new_tokens=12)
-    return tokenizer.batch_decode(filled.sequences)
+    fill = pipeline("fill-mask", model=model.eval(), tokenizer=tokenizer)
+    return [answers[0]["sequence"] for answers in fill(QUESTIONS, top_k=1)]
 
 
 if __name__ == "__main__":

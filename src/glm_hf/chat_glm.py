@@ -76,7 +76,7 @@ CHAT_TEMPLATE = r"""
 {%- endfor -%}
 {%- if found | length > 1 -%}
     {{- raise_exception('the question mixes ' ~ found | join(' and ') ~ '; use one kind of mask in one text') -}}
-{%- elif not rest.text.strip() -%}
+{%- elif not rest.text -%}
     {{- raise_exception('the question holds nothing but masks; give at least one token besides them') -}}
 {%- elif not found -%}
     {%- set chat.context = chat.context ~ ('\nAssistant:' if question else '') ~ gmask_token -%}

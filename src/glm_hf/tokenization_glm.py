@@ -146,28 +146,34 @@ class GLMTokenizer(TokenizersBackend):
         """
         is_chats = isinstance(conversation, (list, tuple)) and len(conversation) > 0
         is_batch = is_chats and (isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages"))
-        chats = [self._drop_unseen_end(chat) for chat in (conversation if is_batch else [conversation])]
+        chats = [self._drop_unseen(chat) for chat in (conversation if is_batch else [conversation])]
         if kwargs.get("truncation") and kwargs.get("tokenize", True):
             whole = dict.fromkeys(("truncation", "padding", "return_dict", "return_assistant_tokens_mask"), False)
             for ids in super().apply_chat_template(chats, *args, **kwargs | whole | {"return_tensors": None}):
                 self._require_blank(ids, kwargs.get("max_length") or self.model_max_length)
         return super().apply_chat_template(chats if is_batch else chats[0], *args, **kwargs)
 
-    def _drop_unseen_end(self, chat: Any) -> Any:
+    def _drop_unseen(self, chat: Any) -> Any:
         """
-        Return a chat whose question ends in its mask or `</s>`, if what stands behind gives no id, as blanks mostly.
+        Return a chat without what gives no id in its question, between special tokens, and in front of its answer.
 
-        The template knows the text only, but whether `</s>` is to follow depends on the last id.
+        These are blanks mostly. The template knows the text only, but what completes a context depends on whether its
+        last id is a mask; and before 5.24, transformers marks no answer whose first letter has no token.
         """
-        messages = getattr(chat, "messages", chat)
-        questions = [i for i, turn in enumerate(messages) if isinstance(turn, dict) and turn.get("role") == "user"]
-        content = messages[questions[-1]].get("content") if questions else None
-        specials = (self.mask_token, self.smask_token, self.gmask_token, self.eos_token)
-        found = re.fullmatch(f"(.*(?:{'|'.join(map(re.escape, specials))}))(.+)", str(content), re.DOTALL)
-        if found is None or not isinstance(content, str) or self.encode(found[2], add_special_tokens=False):
-            return chat
-        turn = {**messages[questions[-1]], "content": found[1]}
-        return [*messages[: questions[-1]], turn, *messages[questions[-1] + 1 :]]
+        messages = [*getattr(chat, "messages", chat)]
+        for index in range(len(messages) - 1, max(-1, len(messages) - 3), -1):
+            turn = messages[index]
+            role, content = (turn.get("role"), turn.get("content")) if isinstance(turn, dict) else (None, None)
+            if role == "user" and isinstance(content, str):
+                parts = re.split(f"({'|'.join(map(re.escape, self.all_special_tokens))})", content)
+                seen = [part for i, part in enumerate(parts) if i % 2 or self.encode(part)]  # every second is special
+                messages[index] = {**turn, "content": "".join(seen)}
+                break
+            if role == "assistant" and isinstance(content, str):
+                shorter = [content.lstrip(), content.lstrip(" "), content]
+                same = next(text for text in shorter if self.encode(text) == self.encode(content))
+                messages[index] = {**turn, "content": same}
+        return messages
 
     def _require_blank(self, ids: list[int], max_length: int) -> None:
         """Raise ValueError unless truncation leaves the masks and `sop` of a chat in."""
