@@ -82,8 +82,14 @@ def test_sft_of_chats_with_assistant_only_loss_is_that_of_their_answers(model, t
     assert loss == pytest.approx(float(expected), rel=1e-4)
 
 
-@pytest.mark.xfail(strict=True, reason="position_ids that restart do not keep samples apart yet")
-@pytest.mark.parametrize("settings", [{"packing": True, "max_length": 64}, {"padding_free": True, "max_length": None}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"packing": True, "max_length": 64},
+        {"padding_free": True, "max_length": None},
+        {"padding_free": True, "max_length": None, "pad_to_multiple_of": 64},
+    ],
+)
 def test_sft_of_packed_samples_keeps_them_apart(model, tokenizer, tmp_path, settings):
     expected = -torch.cat([log_probs(model, tokenizer, *fact) for fact in FACTS.items()]).mean()
     rows = [{"prompt": text, "completion": answer} for text, answer in FACTS.items()]
