@@ -4,6 +4,7 @@ The folder holds config.json, generation_config.json, safetensors shards with th
 can be quantized on the way; those that are quantized already keep their codes and scales.
 """
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +74,9 @@ class ConversionPlan:
         """Write what belongs to the model besides its weights: index, configuration, tokenizer."""
         write_index(folder, self.shards)
         if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(folder)
+            tokenizer = copy.copy(self.tokenizer)  # the caller's keeps its own window
+            tokenizer.model_max_length = self.config.max_position_embeddings
+            tokenizer.save_pretrained(folder)
         with torch.device("meta"):
             GLMForBlankInfilling(self.config).generation_config.save_pretrained(folder)
         config = GLMConfig.from_dict(self.config.to_dict())

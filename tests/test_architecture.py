@@ -27,7 +27,7 @@ DEFERRED = {
     "kernels_triton.py": "glm_hf.quantization.kernels_triton",
     "pipeline_model.py": "glm_hf.training.pipeline_model",
 }
-OPTIONAL = {"triton", "deepspeed", "peft", "lm_eval", "datasets", "sentencepiece", "matplotlib"}
+OPTIONAL = {"triton", "deepspeed", "peft", "lm_eval", "datasets", "sentencepiece", "matplotlib", "trl"}
 
 
 def imports_of(path: Path, top_level_only: bool = False) -> set[str]:
@@ -106,7 +106,7 @@ PUBLIC = {
     ],
     "glm_hf.training": [
         "DataCollatorForBlankInfilling", "GLM3DTrainer", "GLMTrainer", "GLMTrainingArguments",
-        "shrink_embedding_gradient",
+        "shrink_embedding_gradient", "to_conversation",
     ],
 }  # fmt: skip
 
@@ -118,8 +118,8 @@ def test_public_names_are_there(module):
 
 
 WORLD_FACTS = {
-    "LICENSE", "__init__.py", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
-    "tokenizer_config.json",
+    "LICENSE", "__init__.py", "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors",
+    "tokenizer.json", "tokenizer_config.json",
 }  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Blank-infilling training: data, schedules and the trainer."""
 
 from glm_hf.training.arguments import GLMTrainingArguments
+from glm_hf.training.conversations import to_conversation
 from glm_hf.training.corpora import CorpusSource, load_corpus
 from glm_hf.training.data_collator import DataCollatorForBlankInfilling, sentence_ends
 from glm_hf.training.divergence import DivergenceError
@@ -22,4 +23,5 @@ __all__ = [
     "load_corpus",
     "sentence_ends",
     "shrink_embedding_gradient",
+    "to_conversation",
 ]

@@ -235,11 +235,11 @@ class _Reader:
 
     def _texts(self, batch: dict[str, list], before: int) -> list[list[int]]:
         texts = self._strings(batch, self.source.text, before)
-        documents = self.tokenizer(texts, split_special_tokens=True)["input_ids"]
+        documents = self.tokenizer(texts, split_special_tokens=True, verbose=False)["input_ids"]
         return [[*ids, self.config.eos_token_id] for ids in documents if ids]
 
     def _instructions(self, batch: dict[str, list], before: int) -> list[list[int]]:
-        inputs = self.tokenizer(self._strings(batch, self.source.inputs, before))["input_ids"]
+        inputs = self.tokenizer(self._strings(batch, self.source.inputs, before), verbose=False)["input_ids"]
         targets = self._strings(batch, self.source.targets, before)
         targets = self.tokenizer(targets, split_special_tokens=True)["input_ids"]
         parts = []

@@ -152,6 +152,7 @@ def build_trainer(run: RunConfig) -> GLMTrainer:
         model = load_model(run.model, tokenizer, args)
         model = add_adapter(model, run.peft) if run.peft else model
         config = model.config
+    tokenizer.model_max_length = config.max_position_embeddings  # saved with the model
     recipe = fields_of(InfillingRecipe, run.data.get("recipe", {}), "keys of recipe")
     seed = run.data.get("seed", args.seed)
     collator = DataCollatorForBlankInfilling(

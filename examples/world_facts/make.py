@@ -28,7 +28,8 @@ def publish_model(run: Path, model_folder: Path) -> None:
     model.config.embedding_gradient_shrink = 1.0
     model.config.use_cache = True
     model.save_pretrained(model_folder)
-    GLMTokenizer.from_pretrained(run).save_pretrained(model_folder)
+    tokenizer = GLMTokenizer.from_pretrained(run, model_max_length=model.config.max_position_embeddings)
+    tokenizer.save_pretrained(model_folder)
 
 
 def publish_log(run: Path) -> None:

@@ -1,5 +1,6 @@
 """Configuration of the GLM-130B architecture; the defaults are GLM-130B's own sizes and special ids."""
 
+from dataclasses import field
 from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -44,6 +45,8 @@ class GLMConfig(PreTrainedConfig):
         eod_token_id: End of document.
         sop_token_id: Start of a blank's content; everything before the first one is the two-way context.
         eop_token_id: End of a blank's content.
+        auto_map: Names of classes in Python files beside `config.json` of a folder on the Hub. TRL reads it of every
+            model that is not one of transformers' own; saved where it is not empty.
 
     Raises:
         huggingface_hub.errors.StrictDataclassClassValidationError: If sizes do not fit together or a special id
@@ -86,6 +89,7 @@ class GLMConfig(PreTrainedConfig):
     eod_token_id: int = 150003
     sop_token_id: int = 150004
     eop_token_id: int = 150005
+    auto_map: dict[str, Any] = field(default_factory=dict)
 
     @property
     def head_dim(self) -> int:
@@ -93,9 +97,14 @@ class GLMConfig(PreTrainedConfig):
         return self.hidden_size // self.num_attention_heads
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields. PEFT asks for them before it looks a model up in its tables, where GLM then stands."""
+        """
+        Return the fields, `auto_map` only if it names something.
+
+        PEFT asks for them before it looks a model up in its tables, where GLM then stands.
+        """
         register_with_peft()
-        return super().to_dict()
+        fields = super().to_dict()
+        return fields if fields["auto_map"] else {name: fields[name] for name in fields if name != "auto_map"}
 
     def validate_architecture(self) -> None:
         """Check that sizes, ranges and special ids fit together."""

@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import TokenizersBackend
 
+from .chat_glm import CHAT_TEMPLATE
+
 # In the released order. Its bare words (eod, sop, ...) occur inside ordinary words and so get other contents here.
 SPECIAL_TOKENS = {
     "mask_token": "[MASK]",
@@ -36,6 +38,9 @@ WHITESPACE_SYMBOLS = {"\n": "<n>", "\t": "<|tab|>"} | {" " * k: f"<|blank_{k}|>"
 SPACE = "\u2581"  # how SentencePiece writes a blank
 GRAPHEME_BREAK = "\U000e0fff"  # unassigned, ignorable and never joined to its neighbours
 
+WINDOW = 2048  # tokens of GLM-130B, prompt and answer together
+UNLIMITED = 10**20  # from here on, transformers takes `model_max_length` for unknown
+
 MODEL_TYPES = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
 NORMAL, USER_DEFINED, BYTE = 1, 4, 6
 # By field number: model_type, treat_whitespace_as_suffix, byte_fallback.
@@ -48,6 +53,10 @@ PIECE_DEFAULTS: dict[int, Any] = {1: b"", 2: bytes(4), 3: NORMAL}  # text, score
 class GLMTokenizer(TokenizersBackend):
     """
     Turn text into GLM ids and back; build it with `from_sentencepiece`, load it with `from_pretrained`.
+
+    Texts are padded on the left and, with `truncation=True`, shortened there, since the end is what is answered; to
+    what length is said by `max_length` or else by `model_max_length`, the window of prompt and answer together.
+    `apply_chat_template` lays a chat out around its blank (see `chat_glm`).
 
     Besides the usual ones it has `gmask_token`, `smask_token`, `eod_token`, `sop_token`, `eop_token`, `enc_token` and
     `dblock_token`, each with its `..._id`. Encoding adds no special token.
@@ -63,7 +72,18 @@ class GLMTokenizer(TokenizersBackend):
     """
 
     padding_side = "left"
+    truncation_side = "left"
     model_input_names = ["input_ids", "attention_mask"]
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> "GLMTokenizer":
+        """Load as in transformers; a folder that has no chat template or window gets GLM-130B's."""
+        tokenizer = super().from_pretrained(*args, **kwargs)
+        if tokenizer.chat_template is None:
+            tokenizer.chat_template = CHAT_TEMPLATE
+        if tokenizer.model_max_length >= UNLIMITED:
+            tokenizer.model_max_length = WINDOW
+        return tokenizer
 
     @classmethod
     def from_sentencepiece(
@@ -105,7 +125,65 @@ class GLMTokenizer(TokenizersBackend):
         backend.pre_tokenizer = _build_pre_tokenizer(model)
         backend.decoder = _build_decoder(model, [*SPECIAL_TOKENS.values(), *named.values()])
         backend.add_special_tokens([AddedToken(content, special=True) for content in SPECIAL_TOKENS.values()])
-        return cls(tokenizer_object=backend, padding_side="left", **SPECIAL_TOKENS, **named)
+        return cls(
+            tokenizer_object=backend,
+            padding_side=cls.padding_side,
+            truncation_side=cls.truncation_side,
+            model_max_length=WINDOW,
+            chat_template=CHAT_TEMPLATE,
+            **SPECIAL_TOKENS,
+            **named,
+        )
+
+    def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
+        """
+        Lay out chats as in transformers; with `add_generation_prompt=True` their ids end in `sop`.
+
+        Raises:
+            jinja2.TemplateError: If a chat is not one (roles, their order, empty turns), or its question cannot be
+                answered.
+            ValueError: If `truncation` would cut a mask or `sop` off.
+        """
+        is_chats = isinstance(conversation, (list, tuple)) and len(conversation) > 0
+        is_batch = is_chats and (isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages"))
+        chats = [self._drop_unseen(chat) for chat in (conversation if is_batch else [conversation])]
+        if kwargs.get("truncation") and kwargs.get("tokenize", True):
+            whole = dict.fromkeys(("truncation", "padding", "return_dict", "return_assistant_tokens_mask"), False)
+            for ids in super().apply_chat_template(chats, *args, **kwargs | whole | {"return_tensors": None}):
+                self._require_blank(ids, kwargs.get("max_length") or self.model_max_length)
+        return super().apply_chat_template(chats if is_batch else chats[0], *args, **kwargs)
+
+    def _drop_unseen(self, chat: Any) -> Any:
+        """
+        Return a chat without what gives no id in its question, between special tokens, and in front of its answer.
+
+        These are blanks mostly. The template knows the text only, but what completes a context depends on whether its
+        last id is a mask; and before 5.24, transformers marks no answer whose first letter has no token.
+        """
+        messages = [*getattr(chat, "messages", chat)]
+        for index in range(len(messages) - 1, max(-1, len(messages) - 3), -1):
+            turn = messages[index]
+            role, content = (turn.get("role"), turn.get("content")) if isinstance(turn, dict) else (None, None)
+            if role == "user" and isinstance(content, str):
+                parts = re.split(f"({'|'.join(map(re.escape, self.all_special_tokens))})", content)
+                seen = [part for i, part in enumerate(parts) if i % 2 or self.encode(part)]  # every second is special
+                messages[index] = {**turn, "content": "".join(seen)}
+                break
+            if role == "assistant" and isinstance(content, str):
+                shorter = [content.lstrip(), content.lstrip(" "), content]
+                same = next(text for text in shorter if self.encode(text) == self.encode(content))
+                messages[index] = {**turn, "content": same}
+        return messages
+
+    def _require_blank(self, ids: list[int], max_length: int) -> None:
+        """Raise ValueError unless truncation leaves the masks and `sop` of a chat in."""
+        cut = ids[: max(0, len(ids) - max_length)] if self.truncation_side == "left" else ids[max_length:]
+        blank = (self.mask_token_id, self.smask_token_id, self.gmask_token_id, self.sop_token_id)
+        if any(token_id in blank for token_id in cut):
+            raise ValueError(
+                f"a chat of {len(ids)} tokens would lose its mask or sop when truncated to {max_length}; shorten the "
+                "texts of its turns instead"
+            )
 
 
 class _Piece(NamedTuple):

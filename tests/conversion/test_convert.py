@@ -210,14 +210,19 @@ def test_source_is_left_as_it_is(golden_ranks, golden_special_ids, write_sat, tm
 def test_tokenizer_object_and_folder_are_saved_with_the_model(sentencepiece_model, golden_special_ids, tmp_path):
     tokenizer = GLMTokenizer.from_sentencepiece(sentencepiece_model, num_image_tokens=0)
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    src = DATA / "cfg1" / "sat_tp2"
-    convert_sat_checkpoint(src, tmp_path / "a", config=golden_special_ids, tokenizer=tokenizer)
-    convert_sat_checkpoint(src, tmp_path / "b", config=golden_special_ids, tokenizer=tmp_path / "tokenizer")
+    src, config = DATA / "cfg1" / "sat_tp2", golden_special_ids | {"max_position_embeddings": 64}
+    convert_sat_checkpoint(src, tmp_path / "a", config=config, tokenizer=tokenizer)
+    convert_sat_checkpoint(src, tmp_path / "b", config=config, tokenizer=tmp_path / "tokenizer")
     text = "people keep [MASK] time"
     for folder in ("a", "b"):
         loaded = GLMTokenizer.from_pretrained(tmp_path / folder)
         assert loaded(text).input_ids == tokenizer(text).input_ids
         assert loaded.mask_token_id == 144
+        assert loaded.model_max_length == GLMConfig.from_pretrained(tmp_path / folder).max_position_embeddings == 64
+        assert (
+            loaded.chat_template == tokenizer.chat_template == (tmp_path / folder / "chat_template.jinja").read_text()
+        )
+    assert tokenizer.model_max_length == 2048
 
 
 def test_tokenizer_need_not_name_every_special_token(golden_special_ids, tmp_path):

@@ -28,6 +28,17 @@ def test_save_and_load_through_auto_config(tmp_path):
     assert loaded.rope_parameters["rope_theta"] == 5000.0
 
 
+def test_auto_map_is_there_and_saved_where_it_names_something(tmp_path):
+    config = GLMConfig()
+    assert config.auto_map == {}
+    config.save_pretrained(tmp_path / "none")
+    assert "auto_map" not in (tmp_path / "none" / "config.json").read_text()
+    config.auto_map["AutoModel"] = "modeling_glm.GLMModel"
+    config.save_pretrained(tmp_path / "one")
+    assert GLMConfig.from_pretrained(tmp_path / "one").auto_map == {"AutoModel": "modeling_glm.GLMModel"}
+    assert GLMConfig().auto_map == {}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -22,6 +22,7 @@ from transformers.dynamic_module_utils import get_imports, get_relative_imports
 import glm_hf
 from glm_hf import GLMConfig, GLMForBlankInfilling, hub_glm
 from glm_hf.hub_glm import export_hub_folder
+from glm_hf.infilling_glm import prepare_context
 from glm_hf.tokenization_glm import GLMTokenizer
 
 CASE = "mask_infill"
@@ -138,6 +139,7 @@ def test_remote_models_compute_what_local_ones_do(remote):
 def test_remote_tokenizer_and_pipeline_agree_with_local_ones(remote, source):
     tokenizer = GLMTokenizer.from_pretrained(source)
     assert remote["ids"] == tokenizer(TEXT)["input_ids"]
+    assert remote["chat"] == [*prepare_context(remote["ids"], golden_model("cfg1").config), 148]
     assert remote["special"] == [144, 148, "left"]
     masked = glm_hf.GLMForMaskedLM.from_pretrained(source).eval()
     with torch.no_grad():
@@ -186,6 +188,7 @@ def test_the_folder_is_flat_and_holds_what_a_model_needs_only(source, exported):
         f"{part}_glm.py"
         for part in (
             "cache",
+            "chat",
             "configuration",
             "filling",
             "generation",

@@ -84,7 +84,7 @@ def test_sequence_keeps_the_text_to_the_letter(fill, text):
 
 def test_truncation_that_drops_a_mask_is_refused(fill):
     with pytest.raises(ValueError, match="must keep all 1 masks"):
-        fill("the people time [MASK]", tokenizer_kwargs={"truncation": True, "max_length": 3})
+        fill("[MASK] the people time", tokenizer_kwargs={"truncation": True, "max_length": 3})
 
 
 def test_one_proposal_is_still_a_list(fill):

@@ -37,6 +37,8 @@ for auto in [name for name in config.auto_map if name != "AutoConfig" and hasatt
 tokenizer = AutoTokenizer.from_pretrained(folder, **trust)
 results["classes"]["AutoTokenizer"] = (type(tokenizer).__module__, type(tokenizer).__name__)
 results["ids"] = tokenizer(text)["input_ids"]
+chat = [{"role": "user", "content": text}]
+results["chat"] = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
 results["special"] = [tokenizer.mask_token_id, tokenizer.sop_token_id, tokenizer.padding_side]
 results["fill-mask"] = [
     (guess["token"], guess["score"]) for guess in pipeline("fill-mask", folder, trust_remote_code=True)(text, top_k=3)

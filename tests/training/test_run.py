@@ -70,6 +70,7 @@ def test_a_run_saves_a_model_that_loads(settings, tmp_path, capsys):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
     assert type(model).__name__ == "GLMForBlankInfilling"
     assert len(tokenizer) <= model.config.vocab_size
+    assert tokenizer.model_max_length == model.config.max_position_embeddings
     assert (tmp_path / "run" / "checkpoint-2").is_dir()
 
 
