@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import torch
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.utils import logging
 
 from .cache_glm import knows_positions
 from .infilling_glm import infilling_layout, mask_token_ids
@@ -27,6 +28,13 @@ GROWN_CONTEXT = (
     "the context has grown since the cache was filled, and its old tokens would not see the new ones; start without "
     "past_key_values"
 )
+COMPLETED_IN_TRAINING = (
+    "prompts without sop were completed while the model trains: a trainer that generates takes what was added for "
+    "tokens of the answer, and may end it at </s>; give it prompts that end in sop, as "
+    "glm_hf.training.to_conversation and the tokenizer's chat template make them"
+)
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -133,6 +141,8 @@ class GLMGenerationMixin(GenerationMixin):
         if embeds is not None:
             arguments["inputs_embeds"] = complete_embeddings(embeds, prompts, self.get_input_embeddings())
         if prompts.added.shape[1]:
+            if self.training:
+                logger.warning_once(COMPLETED_IN_TRAINING)
             options = {"suppress_tokens": settings.suppress_tokens, **arguments}
             arguments["suppress_tokens"] = suppress_blanks(options, config)["suppress_tokens"]
         return prompts

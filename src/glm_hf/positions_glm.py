@@ -14,13 +14,16 @@ from transformers.utils.import_utils import is_tracing
 
 from .cache_glm import recall_frozen
 from .configuration_glm import GLMConfig
-from .infilling_glm import infilling_layout
+from .infilling_glm import infilling_layout, mask_token_ids
 
 Mask = torch.Tensor | BlockMask | None
 PACKING_ARGUMENTS = ("cu_seq_lens_q", "seq_idx")  # of flash attention
 CAUSAL_ROWS = (
-    "labels came with rows that hold no sop and are read causally, not as GLM reads; lay rows out as context, sop, "
-    "answer and eop, by DataCollatorForBlankInfilling or the tokenizer's chat template"
+    "rows without sop are trained on and read causally, not as GLM reads; lay rows out as context, sop, answer and "
+    "eop, by DataCollatorForBlankInfilling, or by glm_hf.training.to_conversation and the tokenizer's chat template"
+)
+LABELLED_CONTEXT = (
+    "labels stand on the context, whose tokens see what they are to predict; set them to -100 up to sop, inclusive"
 )
 
 logger = logging.get_logger(__name__)
@@ -137,9 +140,38 @@ def require_known_packing(
         raise ValueError(f"{marks[0]} does not keep packed samples apart here; pass segment_ids or position_ids")
 
 
-def warn_of_causal_rows(input_ids: torch.Tensor | None, config: GLMConfig) -> None:
-    """Warn once that rows `(B, L)` with labels have no `sop`, and are trained on causally."""
+def check_trained_rows(input_ids: torch.Tensor | None, config: GLMConfig, gives_positions: bool) -> None:
+    """
+    Warn once of rows `(B, L)` without `sop`, which are trained on causally.
+
+    Raises:
+        ValueError: If, without positions that may tell samples apart, a row goes on with another sample behind an
+            `eop`, whose tokens would see the one before.
+    """
     if input_ids is None or is_tracing(input_ids) or input_ids.is_meta:
         return
-    if not (input_ids == config.sop_token_id).any(1).all():
+    is_sop, is_eop = input_ids == config.sop_token_id, input_ids == config.eop_token_id
+    is_mask = torch.isin(input_ids, input_ids.new_tensor(mask_token_ids(config)))
+    is_behind_eop = is_eop.cumsum(1) > 0
+    is_joined = is_behind_eop & (is_mask | (is_sop & (is_sop.cumsum(1) == 1)))
+    has_joined, all_have_sop = torch.stack((is_joined.any(), is_sop.any(1).all())).tolist()
+    if has_joined and not gives_positions:
+        raise ValueError(
+            "a row holds another sample behind an eop, which would be read together; pass segment_ids or position_ids "
+            "that start again, as TRL does with padding_free or packing_strategy='bfd'"
+        )
+    if not all_have_sop:
         logger.warning_once(CAUSAL_ROWS)
+
+
+def warn_of_labelled_context(
+    input_ids: torch.Tensor | None, labels: torch.Tensor | None, segment_ids: torch.Tensor | None, config: GLMConfig
+) -> None:
+    """Warn once of labels `(B, L)`, aligned with the ids, on tokens of the context or `sop`."""
+    if input_ids is None or labels is None or is_tracing(input_ids) or input_ids.is_meta:
+        return
+    if labels.shape == input_ids.shape and segment_ids is None:
+        is_sop = input_ids == config.sop_token_id
+        in_context = infilling_layout(input_ids, config)[1] | (is_sop & (is_sop.cumsum(1) == 1))
+        if (in_context & (labels != -100)).any():
+            logger.warning_once(LABELLED_CONTEXT)

@@ -1,5 +1,7 @@
 """Positions and packing as callers of causal models hand them over, beside a stock model in the same call."""
 
+import copy
+
 import pytest
 import torch
 from golden import golden_model
@@ -94,12 +96,53 @@ def test_packing_for_flash_attention_alone_is_refused(name):
         MODEL(torch.tensor([SAMPLES[0]]), **{name: torch.tensor([0, 10])})
 
 
-def test_labels_without_sop_are_warned_of_once(monkeypatch):
+@pytest.mark.parametrize("head", [True, False])
+def test_training_without_sop_is_warned_of(head, monkeypatch):
     warnings = []
     monkeypatch.setattr("glm_hf.positions_glm.logger.warning_once", warnings.append)
-    ids = torch.tensor([SAMPLES[0], SAMPLES[1] + [PAD]])
-    MODEL(ids, labels=ids)
+    model = copy.deepcopy(MODEL).train()
+    model = model if head else model.model
+    model(torch.tensor([SAMPLES[0], SAMPLES[1] + [PAD]]))
+    assert warnings == []
+    model(torch.tensor([SAMPLES[0][:4], [11, 12, 13, 14]]))
+    assert "rows without sop are trained on" in warnings[0]
+
+
+def test_a_loss_without_sop_is_warned_of(monkeypatch):
+    warnings = []
+    monkeypatch.setattr("glm_hf.positions_glm.logger.warning_once", warnings.append)
     MODEL(torch.tensor([[11, 12]]))
     assert warnings == []
     MODEL(torch.tensor([[11, 12]]), labels=torch.tensor([[11, 12]]))
-    assert "hold no sop" in warnings[0]
+    assert "rows without sop are trained on" in warnings[0]
+
+
+def test_labels_on_the_context_are_warned_of(monkeypatch):
+    warnings = []
+    monkeypatch.setattr("glm_hf.positions_glm.logger.warning_once", warnings.append)
+    row = torch.tensor([SAMPLES[0]])
+    MODEL(row, labels=torch.tensor([labels_of(SAMPLES[0])]))
+    MODEL(torch.tensor([[GMASK, SOP, 41, 42]]), labels=torch.tensor([[-100, -100, 41, 42]]))
+    assert warnings == []
+    MODEL(row, labels=row)
+    assert "labels stand on the context" in warnings[0]
+
+
+JOINED = {
+    "two samples": sum(SAMPLES[:2], []),
+    "the end of one and another": SAMPLES[0][-3:] + SAMPLES[1],
+    "one and the beginning of another": SAMPLES[0] + SAMPLES[1][:4],
+}
+
+
+@pytest.mark.parametrize("case", JOINED)
+def test_samples_that_share_a_row_without_a_mark_are_not_trained_on(case):
+    model = copy.deepcopy(MODEL).train()
+    with pytest.raises(ValueError, match="another sample behind an eop"):
+        model.model(torch.tensor([JOINED[case]]))
+
+
+def test_several_blanks_of_one_sample_are_trained_on():
+    model = copy.deepcopy(MODEL).train()
+    row = [14, MASK, 17, MASK, EOS, SOP, 23, EOP, SOP, 24, 25, EOP]
+    assert model(torch.tensor([row]), labels=torch.tensor([labels_of(row)])).loss.requires_grad

@@ -239,3 +239,14 @@ def test_a_cache_whose_rows_were_moved_is_not_reused():
 def test_healing_of_the_last_token_is_refused():
     with pytest.raises(ValueError, match="token_healing"):
         MODEL.generate(torch.tensor([TEXTS[2]]), token_healing=True)
+
+
+def test_completion_in_training_is_warned_of(monkeypatch):
+    warnings = []
+    monkeypatch.setattr("glm_hf.generation_glm.logger.warning_once", warnings.append)
+    model = copy.deepcopy(MODEL)
+    model.generate(torch.tensor([TEXTS[2]]), max_new_tokens=1)
+    model.train().generate(torch.tensor([[*TEXTS[2], GMASK, SOP]]), max_new_tokens=1)
+    assert warnings == []
+    model.generate(torch.tensor([TEXTS[2]]), max_new_tokens=1)
+    assert "give it prompts that end in sop" in warnings[0]
