@@ -5,14 +5,19 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: install demo test quality clean \
+OLDEST := .venv-oldest
+# What depends on transformers most; training in several processes and 3D is left to the newest.
+OLDEST_TESTS := tests/glm_hf/test_golden_*.py tests/glm_hf/test_*_glm.py tests/glm_hf/test_attention_interface.py \
+        tests/glm_hf/test_masked_lm.py tests/glm_hf/test_peft.py tests/quantization tests/test_main_road.py
+
+.PHONY: install demo test test-oldest quality clean \
         bench bench-conversion bench-int4 bench-decode bench-data bench-train-step bench-training-memory
 
 install: $(INSTALLED)
 
 # torch goes first and by its pin, since a bare requirement may bring another build. Wheels are preferred to sources.
 $(INSTALLED): setup.cfg setup.py pyproject.toml constraints.txt $(wildcard quantization/kernels_cpu*.[ch])
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "transformers 5.23 needs Python 3.11 or newer")'
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "glm_hf needs Python 3.11 or newer")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
@@ -26,6 +31,18 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest
 	$(BIN)/python tests/hf_common/fetch.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/hf_common/test_modeling_glm.py
+
+# The oldest versions of torch and transformers that are supported, in an environment of their own.
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m pytest $(OLDEST_TESTS)
+
+$(OLDEST)/.installed: setup.cfg setup.py pyproject.toml constraints-oldest.txt $(wildcard quantization/kernels_cpu*.[ch])
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check \
+	    $(shell grep '^torch==' constraints-oldest.txt)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt \
+	    -e ".[peft]" datasets pytest setuptools
+	touch $@
 
 quality: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -58,4 +75,4 @@ bench-training-memory: $(INSTALLED)
 	$(BIN)/python benchmarks/training_memory.py
 
 clean:
-	rm -rf $(VENV) .cache build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) .cache build dist *.egg-info

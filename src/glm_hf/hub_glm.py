@@ -61,7 +61,7 @@ The text around a blank is read in both directions; the blank is then written fr
 ## Usage
 
 ```
-pip install "transformers>=5.23,<6" torch accelerate
+pip install "transformers>=5.17,<5.25" torch accelerate
 ```
 
 ```python

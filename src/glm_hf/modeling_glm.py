@@ -41,10 +41,10 @@ from .infilling_glm import masked_lm_layout
 from .masking_glm import infilling_attention, layout_ids
 from .positions_glm import (
     Mask,
-    check_trained_rows,
     is_padding_mask,
     require_known_packing,
     warn_of_labelled_context,
+    warn_of_trained_rows,
 )
 from .rotary_glm import GLMRotaryEmbedding, apply_rotary
 from .versions_glm import CACHE, one_cache, require_known_cache
@@ -370,8 +370,8 @@ class GLMModel(GLMPreTrainedModel):
         Raises:
             ValueError: If not exactly one of `input_ids` and `inputs_embeds` is given, `segment_ids` come together
                 with an `attention_mask` or a filled cache, a context comes with a filled cache, packed samples are
-                marked by something that is not read here or, in training, not marked, embeddings without `sop` are
-                trained on, or a filled cache comes under gradient checkpointing.
+                marked by something that is not read here, embeddings without `sop` are trained on, or a filled cache
+                comes under gradient checkpointing.
             RuntimeError: If a cache comes under an unknown name.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -380,7 +380,7 @@ class GLMModel(GLMPreTrainedModel):
         require_known_packing(kwargs, position_ids, segment_ids)
         past_key_values = self._usable_cache(one_cache(past_key_values, cache))
         if self.training and torch.is_grad_enabled() and segment_ids is None:
-            check_trained_rows(input_ids, self.config, position_ids is not None)
+            warn_of_trained_rows(input_ids, self.config, position_ids is not None)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         elif attention_mask is None or is_padding_mask(attention_mask):
@@ -482,7 +482,7 @@ class GLMForBlankInfilling(GLMPreTrainedModel, BlankGenerationMixin):
         has_labels = labels is not None or kwargs.get("shift_labels") is not None
         warn_of_labelled_context(input_ids, labels, segment_ids, self.config)
         if has_labels and not self.training and segment_ids is None:
-            check_trained_rows(input_ids, self.config, position_ids is not None)
+            warn_of_trained_rows(input_ids, self.config, position_ids is not None)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -22,6 +22,10 @@ CAUSAL_ROWS = (
     "rows without sop are trained on and read causally, not as GLM reads; lay rows out as context, sop, answer and "
     "eop, by DataCollatorForBlankInfilling, or by glm_hf.training.to_conversation and the tokenizer's chat template"
 )
+JOINED_ROWS = (
+    "rows hold another sample behind an eop, and both are read together; pass segment_ids, or position_ids that start "
+    "again, as TRL does with padding_free or packing_strategy='bfd'"
+)
 LABELLED_CONTEXT = (
     "labels stand on the context, whose tokens see what they are to predict; set them to -100 up to sop, inclusive"
 )
@@ -140,13 +144,12 @@ def require_known_packing(
         raise ValueError(f"{marks[0]} does not keep packed samples apart here; pass segment_ids or position_ids")
 
 
-def check_trained_rows(input_ids: torch.Tensor | None, config: GLMConfig, gives_positions: bool) -> None:
+def warn_of_trained_rows(input_ids: torch.Tensor | None, config: GLMConfig, gives_positions: bool) -> None:
     """
-    Warn once of rows `(B, L)` without `sop`, which are trained on causally.
+    Warn once of rows `(B, L)` that are not trained on as GLM is.
 
-    Raises:
-        ValueError: If, without positions that may tell samples apart, a row goes on with another sample behind an
-            `eop`, whose tokens would see the one before.
+    Those are rows without `sop`, and without positions that may tell samples apart, rows that go on with another
+    sample behind an `eop`.
     """
     if input_ids is None or is_tracing(input_ids) or input_ids.is_meta:
         return
@@ -156,10 +159,7 @@ def check_trained_rows(input_ids: torch.Tensor | None, config: GLMConfig, gives_
     is_joined = is_behind_eop & (is_mask | (is_sop & (is_sop.cumsum(1) == 1)))
     has_joined, all_have_sop = torch.stack((is_joined.any(), is_sop.any(1).all())).tolist()
     if has_joined and not gives_positions:
-        raise ValueError(
-            "a row holds another sample behind an eop, which would be read together; pass segment_ids or position_ids "
-            "that start again, as TRL does with padding_free or packing_strategy='bfd'"
-        )
+        logger.warning_once(JOINED_ROWS)
     if not all_have_sop:
         logger.warning_once(CAUSAL_ROWS)
 

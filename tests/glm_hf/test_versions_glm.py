@@ -33,7 +33,7 @@ HOOK = r"(def prepare_inputs_for_generation\([^)]*)"
 OF_POSITIONS = "_prepare_position_ids_for_generation"
 RENAMED = {
     "the cache, everywhere": (rf"\b{CACHE}\b(?!_)", "kv_store"),
-    "the cache, where it is kept": (rf'model_kwargs\["{CACHE}"\]', 'model_kwargs["kv_store"]'),
+    "the cache, where it is kept": (rf'model_kwargs\[(cache_name|"{CACHE}")\] = ', 'model_kwargs["kv_store"] = '),
     "the first iteration": (r"\bis_first_iteration\b", "is_prefill"),
     "the length of what comes next": (r"\bnext_sequence_length\b", "num_next"),
     "the padding mask of the hook": (HOOK + "attention_mask: torch.LongTensor", r"\1padding: torch.LongTensor"),

@@ -14,7 +14,7 @@ import torch
 from glu_shards import compare_gradients_with_glu
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers import initialization as init
 from transformers_tests import test_modeling_common, test_tensor_parallel_mixin
 from transformers_tests.generation.test_utils import GenerationTesterMixin
@@ -128,6 +128,22 @@ class GLMModelTest(
         super().test_inputs_embeds_matches_input_ids(
             attention_mask=visible[None, None], position_ids=position_ids.expand(self.model_tester.batch_size, -1)
         )
+
+    def _create_text_training_batch(self, batch_size: int, seq_length: int, vocab_size: int) -> dict[str, Any]:
+        """Begin with `sop`, behind which a text is learned causally, as the original is throughout."""
+        batch = super()._create_text_training_batch(batch_size, seq_length - 1, vocab_size)
+        sop = torch.full((batch_size, 1), self.model_tester.get_config().sop_token_id)
+        return {name: torch.cat((sop, ids), dim=1) for name, ids in batch.items()}
+
+    def test_bc_cache_name_forward(self) -> None:
+        """Take a cache by either name; the original also asks for a warning at the older one."""
+        config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+        for model_class in (GLMModel, GLMForBlankInfilling):
+            model = model_class(config).eval()
+            caches = {name: DynamicCache(config=config) for name in ("cache", "past_key_values")}
+            states = [model(**inputs, **{name: cache})[0] for name, cache in caches.items()]
+            torch.testing.assert_close(*states)
+            assert all(cache.get_seq_length() for cache in caches.values())
 
     def test_model_forward_default_config_values(self) -> None:
         """Take GLM-130B's vocabulary, since the default of `eos_token_id` must lie in it."""
