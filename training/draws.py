@@ -9,7 +9,7 @@ import numpy as np
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 FACTORS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 # What a number is drawn for; counters stay below 2^32.
-KEY, OBJECTIVE, LENGTH, GOAL, PLACE, ORDER = (np.uint64(purpose << 32) for purpose in range(6))
+KEY, OBJECTIVE, LENGTH, GOAL, PLACE, ORDER, MOVE, PART = (np.uint64(purpose << 32) for purpose in range(8))
 
 
 def keys_of(seed: int, sample_ids: np.ndarray, numbers: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from glm_hf._version import __version__
 from glm_hf.configuration_glm import GLMConfig
@@ -21,6 +22,7 @@ from glm_hf.tokenization_glm import GLMTokenizer
 AutoConfig.register("glm130b", GLMConfig, exist_ok=True)
 AutoModel.register(GLMConfig, GLMModel, exist_ok=True)
 AutoModelForCausalLM.register(GLMConfig, GLMForBlankInfilling, exist_ok=True)
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["glm130b"] = "GLMForBlankInfilling"  # where `Trainer` looks whether labels shift
 AutoModelForSeq2SeqLM.register(GLMConfig, GLMForBlankInfilling, exist_ok=True)
 AutoModelForMaskedLM.register(GLMConfig, GLMForMaskedLM, exist_ok=True)
 AutoModelForDecision.register(GLMConfig, GLMForBlankInfilling, exist_ok=True)  # where `transformers serve` looks first
