@@ -19,7 +19,7 @@ from pipeline_runs import (
     weights_of,
     without_times,
 )
-from small_runs import Texts, make_trainer
+from small_runs import SomeTwice, Texts, make_trainer
 
 from glm_hf import GLMConfig
 from glm_hf.conversion import export_3d_checkpoint
@@ -217,22 +217,24 @@ def test_the_batch_grows_as_it_does_in_one_process(deep_folder, tmp_path):
 
 
 def test_rows_that_are_not_shared_equally_are_filled_up(deep_folder, tmp_path):
-    """Texts of several rows give one copy of the model more rows than the other, and pieces of unequal size."""
-
-    class SomeLong(Texts):
-        def __getitem__(self, number: int) -> dict:
-            return {"input_ids": [*range(30, 130)]} if number % 5 == 0 else super().__getitem__(number)
-
+    """A collator of one's own may give a copy of the model more rows than the other, and pieces of unequal size."""
     options = {"max_steps": 3, "global_batch_size": 12}
     degrees = {"tensor": 1, "pipeline": 2, "data": 2}
-    history = train_3d(deep_folder, tmp_path / "run", degrees, data=SomeLong(), **options)
 
-    def train():
-        trainer = make_trainer(deep_folder, tmp_path / "alone", data=SomeLong(), **(SETTINGS | options))
+    def train(trainer):
+        trainer.data_collator = SomeTwice(trainer.data_collator, every=5)
         trainer.train()
         return [without_times(entry) for entry in logs_of(trainer)]
 
-    compare(steps(history), wait(start(train, tmp_path / "result"), tmp_path / "result"), EXACT)
+    def whole():
+        return train(make_trainer(deep_folder, tmp_path / "alone", **(SETTINGS | options)))
+
+    history = same_on_all(
+        lambda rank: train(make_3d_trainer(deep_folder, tmp_path / "run", degrees, **options)),
+        degrees,
+        tmp_path / "run",
+    )
+    compare(history, wait(start(whole, tmp_path / "result"), tmp_path / "result"), EXACT)
 
 
 def test_all_ranks_log_the_same(deep_folder, tmp_path):
