@@ -79,7 +79,9 @@ def require_honoured(args: TrainingArguments, refused: Mapping[str, str], traine
     """Raise ValueError if an argument is set that `trainer` would ignore, saying what to do."""
     for name, way_out in refused.items():
         if is_set(args, name):
-            raise ValueError(f"{trainer} does not support {name}={getattr(args, name)!r}: {way_out}")
+            value = getattr(args, name)
+            given = f"={value!r}" if isinstance(value, (bool, int, float, str)) else ""
+            raise ValueError(f"{trainer} does not support {name}{given}: {way_out}")
 
 
 def require_objects(given: Mapping[str, Any], refused: Mapping[str, str], trainer: str) -> None:

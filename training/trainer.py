@@ -39,7 +39,7 @@ from glm_hf.training.refusals import (
 )
 from glm_hf.training.schedules import BatchSchedule, LearningRateSchedule, PiecewiseLinear, parse_ranges
 from glm_hf.training.throughput import flops_per_token, peak_tflops
-from glm_hf.training.token_losses import TokenLossTrainer
+from glm_hf.training.token_loss import TokenLossTrainer
 from glm_hf.training.zero import DeferredStep, gradient_norm
 
 STATE_FILE = "glm_training_state.json"

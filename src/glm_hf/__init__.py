@@ -22,7 +22,11 @@ from glm_hf.tokenization_glm import GLMTokenizer
 AutoConfig.register("glm130b", GLMConfig, exist_ok=True)
 AutoModel.register(GLMConfig, GLMModel, exist_ok=True)
 AutoModelForCausalLM.register(GLMConfig, GLMForBlankInfilling, exist_ok=True)
-MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["glm130b"] = "GLMForBlankInfilling"  # where `Trainer` looks whether labels shift
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.update(  # where `Trainer` looks up whether label smoothing shifts labels
+    glm130b="GLMForBlankInfilling",
+    glm130b_in_fsdp="FSDPGLMForBlankInfilling",  # what FSDP makes of its name
+    glm130b_behind_prefix="GLMModel",  # what it finds under PEFT's prefix tuning
+)
 AutoModelForSeq2SeqLM.register(GLMConfig, GLMForBlankInfilling, exist_ok=True)
 AutoModelForMaskedLM.register(GLMConfig, GLMForMaskedLM, exist_ok=True)
 AutoModelForDecision.register(GLMConfig, GLMForBlankInfilling, exist_ok=True)  # where `transformers serve` looks first

@@ -53,19 +53,27 @@ def make_arguments(folder: Path, **changes) -> GLMTrainingArguments:
 
 
 def make_trainer(
-    model_folder: Path, folder: Path, *, dropout: float = 0.0, data=None, eval_dataset=None, callbacks=(), **changes
+    model_folder: Path,
+    folder: Path,
+    *,
+    dropout: float = 0.0,
+    data=None,
+    eval_dataset=None,
+    callbacks=(),
+    objects: dict | None = None,
+    args: GLMTrainingArguments | None = None,
+    **changes,
 ) -> GLMTrainer:
+    """Return a trainer; `objects` are further arguments of its own, `args` stand instead of `changes`."""
     model = GLMForBlankInfilling.from_pretrained(model_folder, dtype="float32", hidden_dropout=dropout)
-    collator = DataCollatorForBlankInfilling(model.config, RECIPE, seed=3)
-    data = Texts() if data is None else data
-    return GLMTrainer(
-        model,
-        make_arguments(folder, **changes),
-        collator,
-        train_dataset=data,
-        eval_dataset=eval_dataset,
-        callbacks=list(callbacks),
-    )
+    given = {
+        "model": model,
+        "data_collator": DataCollatorForBlankInfilling(model.config, RECIPE, seed=3),
+        "train_dataset": Texts() if data is None else data,
+        "eval_dataset": eval_dataset,
+        "callbacks": list(callbacks),
+    }
+    return GLMTrainer(args=make_arguments(folder, **changes) if args is None else args, **(given | (objects or {})))
 
 
 def losses(trainer: GLMTrainer) -> list[float]:

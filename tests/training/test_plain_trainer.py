@@ -12,6 +12,7 @@ from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
 
 from glm_hf import GLMForBlankInfilling
+from glm_hf.training import mean_token_loss, token_losses
 
 STEPS = {"max_steps": 3, "lr_scheduler_type": "constant", "warmup_share": 0.005}
 BOTH = ("loss", "grad_norm")
@@ -80,6 +81,39 @@ def test_label_smoothing_is_that_of_torch_in_both_trainers(model_folder, tmp_pat
     for found, expected in zip(logged(plain, *BOTH), logged(ours, *BOTH), strict=True):
         assert found == pytest.approx(expected, rel=2e-6)
     assert plain.evaluate(Texts(8))["eval_loss"] == pytest.approx(ours.evaluate(Texts(8))["eval_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["LORA", "PREFIX_TUNING"])
+def test_adapters_are_smoothed_alike(model_folder, tmp_path, kind):
+    peft = pytest.importorskip("peft")
+    config = {"task_type": "CAUSAL_LM"} | ({"num_virtual_tokens": 2} if kind == "PREFIX_TUNING" else {})
+    smoothing = {"label_smoothing_factor": 0.3}
+
+    def adapted():
+        torch.manual_seed(0)
+        model = GLMForBlankInfilling.from_pretrained(model_folder, dtype="float32")
+        return peft.get_peft_model(model, peft.PEFT_TYPE_TO_CONFIG_MAPPING[kind](**config))
+
+    plain = make_plain(model_folder, tmp_path / "plain", model=adapted(), **smoothing)
+    ours = make_trainer(model_folder, tmp_path / "ours", objects={"model": adapted()}, **(STEPS | smoothing))
+    for trainer in (plain, ours):
+        trainer.train()
+    for found, expected in zip(logged(plain, *BOTH), logged(ours, *BOTH), strict=True):
+        assert found == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_its_eval_loss_can_be_the_mean_over_tokens(model_folder, tmp_path, size, processes):
+    objects = {"preprocess_logits_for_metrics": token_losses, "compute_metrics": mean_token_loss}
+    ours = make_trainer(model_folder, tmp_path / "ours", per_device_eval_batch_size=5).evaluate(Texts(5))
+
+    def rank_main(rank: int) -> float:
+        trainer = make_plain(model_folder, tmp_path, objects=objects, per_device_eval_batch_size=size)
+        return trainer.evaluate(Texts(5))["eval_loss"]
+
+    found = run_ranks(rank_main, processes, tmp_path)
+    assert found == pytest.approx([ours["eval_loss"]] * processes, rel=1e-5)
 
 
 def test_labels_that_are_aligned_with_their_tokens_are_smoothed_one_token_before(model_folder, tmp_path):

@@ -216,6 +216,37 @@ def test_the_batch_grows_as_it_does_in_one_process(deep_folder, tmp_path):
     compare(steps(history), expected, EXACT)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"label_smoothing_factor": 0.2},
+        {"loss_normalization": "micro_batch"},
+        {"lr_scheduler_type": "linear", "warmup_steps": 1, "warmup_share": 0.005},
+        {"optim": "sgd", "learning_rate": 0.5},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_arguments_have_the_effect_of_one_process(deep_folder, tmp_path, options):
+    degrees = {"tensor": 2, "pipeline": 1, "data": 2}
+    options = options | {"max_steps": 3}
+
+    def train(trainer):
+        trainer.train()
+        return [without_times(entry) for entry in logs_of(trainer)], trainer.evaluate()["eval_loss"]
+
+    def whole():
+        settings = SETTINGS | options
+        trainer = make_trainer(deep_folder, tmp_path / "alone", eval_dataset=Texts(EVALUATED), **settings)
+        return train(trainer)
+
+    history, eval_loss = same_on_all(
+        lambda rank: train(make_3d_trainer(deep_folder, tmp_path / "run", degrees, **options)), degrees, tmp_path
+    )
+    expected, expected_eval_loss = wait(start(whole, tmp_path / "result"), tmp_path / "result")
+    compare(history, expected, EXACT)
+    assert eval_loss == pytest.approx(expected_eval_loss, abs=EXACT)
+
+
 def test_rows_that_are_not_shared_equally_are_filled_up(deep_folder, tmp_path):
     """A collator of one's own may give a copy of the model more rows than the other, and pieces of unequal size."""
     options = {"max_steps": 3, "global_batch_size": 12}

@@ -56,8 +56,11 @@ class TokenLossTrainer(Trainer):
         inputs = dict(inputs)
         objectives, sample_ids = inputs.pop("objectives", None), inputs.pop("sample_ids", None)
         if "shift_labels" not in inputs or self.compute_loss_func is not None:
+            num_predicted = None if model.training else count_predicted(inputs)
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            self.evaluated = self._rows_of(result[0] if return_outputs else result, inputs, num_items_in_batch)
+            if num_predicted is not None:
+                count = num_predicted if num_items_in_batch is None else num_items_in_batch / self.num_averaged
+                self.evaluated = rows_of_mean(result[0] if return_outputs else result, count, inputs)
             return result
         inputs.pop("labels", None)
         labels = inputs.pop("shift_labels")
@@ -77,15 +80,6 @@ class TokenLossTrainer(Trainer):
         else:
             loss = losses.sum() * (self.num_averaged / num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
-
-    def _rows_of(self, loss: torch.Tensor, inputs: Batch, num_items: Any) -> torch.Tensor | None:
-        """Return a mean loss that `Trainer` has made as rows of `row_losses`, equal shares of it."""
-        if num_items is None:
-            return None
-        size = len(inputs["input_ids"])
-        share = torch.as_tensor(num_items, device=loss.device).double() / (self.num_averaged * size)
-        row = torch.stack((loss.detach().double() * share, share, torch.full_like(share, NOT_KNOWN)))
-        return row.expand(size, 3)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, torch.Tensor]], device: torch.device) -> Any:
         """Return the number of predicted tokens of a step, on all processes if they are averaged."""
@@ -123,3 +117,18 @@ class TokenLossTrainer(Trainer):
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         output.metrics.update(LossMeter.describe_evaluation(self.eval_meter.take(), metric_key_prefix))
         return output
+
+
+def count_predicted(inputs: Batch) -> torch.Tensor | None:
+    """Return how many tokens a batch predicts; None if it has no labels."""
+    if "labels" not in inputs and "shift_labels" not in inputs:
+        return None
+    return (predicted_by(inputs) != IGNORED).sum()
+
+
+def rows_of_mean(loss: torch.Tensor, count: Any, inputs: Batch) -> torch.Tensor:
+    """Return a mean loss over `count` tokens as `row_losses` returns rows, which have equal shares of it."""
+    size = len(inputs["input_ids"])
+    share = torch.as_tensor(count, device=loss.device).double() / size
+    row = torch.stack((loss.detach().double() * share, share, torch.full_like(share, NOT_KNOWN)))
+    return row.expand(size, 3)
