@@ -1,9 +1,10 @@
 """Short training runs of a tiny model on random texts."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from glm_hf import GLMForBlankInfilling
 from glm_hf.training import DataCollatorForBlankInfilling, GLMTrainer, GLMTrainingArguments, InfillingRecipe
@@ -23,6 +24,16 @@ class Texts(Dataset):
 
     def __getitem__(self, number: int) -> dict:
         return {"input_ids": self.texts[number]}
+
+
+class Stream(IterableDataset):
+    """Features one after another."""
+
+    def __init__(self, data: Dataset) -> None:
+        self.data = data
+
+    def __iter__(self) -> Iterator[dict]:
+        return (self.data[number] for number in range(len(self.data)))
 
 
 class SomeTwice:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from forked import run_ranks, start, wait
 from pipeline_runs import SETTINGS, make_3d_trainer, same_on_all
-from small_runs import Texts, make_trainer
+from small_runs import Stream, Texts, make_trainer
 from torch.nn.functional import cross_entropy
 
 from glm_hf import GLMForBlankInfilling
@@ -69,6 +69,15 @@ def test_eval_loss_is_the_same_on_several_processes(model_folder, tmp_path, expe
         assert metrics == pytest.approx(expected, rel=1e-5)
         assert shape == (11, len(label_ids[0]))
         assert len(label_ids) == 11
+
+
+def test_eval_loss_of_a_stream_is_the_same_on_several_processes(model_folder, tmp_path, expected):
+    def rank_main(rank: int) -> dict:
+        trainer = make_trainer(model_folder, tmp_path, per_device_eval_batch_size=2)
+        return losses_of(trainer.evaluate(Stream(Mixed(11))))
+
+    for metrics in run_ranks(rank_main, 2, tmp_path):
+        assert metrics == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("degrees", [{"data": 2}, {"tensor": 2, "pipeline": 2}])

@@ -6,9 +6,8 @@ import pytest
 import torch
 from forked import run_ranks
 from plain_runs import InOrder, logged, make_plain
-from small_runs import Texts, make_trainer
+from small_runs import Stream, Texts, make_trainer
 from torch.nn.functional import cross_entropy
-from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
 
 from glm_hf import GLMForBlankInfilling
@@ -162,16 +161,6 @@ def test_noise_on_embeddings_leaves_the_layout_as_it_is(model_folder, tmp_path, 
     assert mask.ndim == 4
     assert all(map(torch.equal, plain_positions, positions))
     assert losses[0] != losses[1]
-
-
-class Stream(IterableDataset):
-    """Texts one after another, of lengths that differ."""
-
-    def __init__(self, data) -> None:
-        self.data = data
-
-    def __iter__(self):
-        return (self.data[number] for number in range(len(self.data)))
 
 
 @pytest.mark.parametrize(("config", "size"), [({}, 4), ({"dispatch_batches": False}, 4), ({"split_batches": True}, 8)])
