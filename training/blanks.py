@@ -158,18 +158,20 @@ def draw_within(counts: np.ndarray, wanted: np.ndarray, keys: np.ndarray, purpos
     Returns:
         Indices of entries, part after part.
     """
+    start = exclusive_sum(counts)
     part = np.repeat(np.arange(len(counts), dtype=np.uint64), counts)
-    number = ragged_range(np.zeros_like(counts), counts).astype(np.uint64)
+    number = np.arange(len(part), dtype=np.uint64)
+    number -= np.repeat(start.astype(np.uint64), counts)
     random_bits = mix(np.repeat(keys, counts), purpose, number) >> np.uint64(36)  # 28 of them
     limit = np.minimum((wanted + 6 * np.sqrt(wanted) + 8) / counts, 1) * (1 << 28)
-    is_low = random_bits < np.repeat(limit.astype(np.uint64), counts)
-    low_counts = np.add.reduceat(is_low, exclusive_sum(counts), dtype=np.int64)
+    low = (random_bits < np.repeat(limit.astype(np.uint64), counts)).nonzero()[0]
+    low_counts = np.diff(low.searchsorted(start), append=len(low))
     if (low_counts < wanted).any():
-        is_low[:], low_counts = True, counts
-    packed = part[is_low] << np.uint64(44) | random_bits[is_low] << np.uint64(16) | number[is_low]
+        low, low_counts = np.arange(len(part)), counts
+    packed = part[low] << np.uint64(44) | random_bits[low] << np.uint64(16) | number[low]
     packed.sort()
     drawn = packed[ragged_range(exclusive_sum(low_counts), wanted)]
-    return exclusive_sum(counts)[drawn >> np.uint64(44)] + (drawn & np.uint64(0xFFFF)).astype(np.int64)
+    return start[drawn >> np.uint64(44)] + (drawn & np.uint64(0xFFFF)).astype(np.int64)
 
 
 def cut_blanks(

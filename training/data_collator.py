@@ -111,13 +111,15 @@ class DataCollatorForBlankInfilling:
         is_planned = any(isinstance(feature, Row) for feature in features)
         padding = {"input_ids": self.config.pad_token_id, "position_ids": 0, "segment_ids": 0, "shift_labels": IGNORED}
         length = self._length_of([(parts[-1], lengths) for _, parts, lengths in groups], is_planned)
-        batch = {name: np.full((len(rows), length), value) for name, value in padding.items()}
+        batch = {name: np.empty((len(rows), length), dtype=np.int64) for name in padding}
         for members, parts, lengths in groups:
             for number, start, count in zip(members, exclusive_sum(lengths), lengths, strict=True):
-                for values, part in zip(batch.values(), parts, strict=True):
+                for values, part, fill in zip(batch.values(), parts, padding.values(), strict=True):
                     values[number, :count] = part[start : start + count]
+                    values[number, count:] = fill
         if self.with_labels:
-            batch["labels"] = np.full_like(batch["shift_labels"], IGNORED)
+            batch["labels"] = np.empty_like(batch["shift_labels"])
+            batch["labels"][:, 0] = IGNORED
             batch["labels"][:, 1:] = batch["shift_labels"][:, :-1]
         tensors = {name: torch.from_numpy(values) for name, values in batch.items()}
         if self.with_origin:
@@ -127,6 +129,8 @@ class DataCollatorForBlankInfilling:
 
     def _length_of(self, groups: list[tuple[np.ndarray, np.ndarray]], is_planned: bool) -> int:
         """Return the length of a batch, from labels and lengths of the rows of every objective."""
+        if is_planned and not self.with_labels:
+            return self.recipe.row_length
         if self.padding == "max_length" or joins_processes(GradientState().active_dataloader):
             return self.recipe.row_length + self.with_labels
         length = self.recipe.row_length if is_planned else max(int(lengths.max()) for _, lengths in groups)

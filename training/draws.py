@@ -32,7 +32,10 @@ def uniform(keys: np.ndarray, purpose: np.uint64, counters: np.ndarray) -> np.nd
 
 def mix(keys: np.ndarray, purpose: np.uint64, counters: np.ndarray) -> np.ndarray:
     """Return 64 random bits for each key and counter."""
-    state = keys + (counters.astype(np.uint64) + purpose + np.uint64(1)) * GOLDEN
+    state = counters.astype(np.uint64)
+    state += purpose + np.uint64(1)
+    state *= GOLDEN
+    state = state + keys
     state ^= state >> np.uint64(30)
     state *= FACTORS[0]
     state ^= state >> np.uint64(27)

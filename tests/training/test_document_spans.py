@@ -110,6 +110,20 @@ def test_no_blank_of_joined_documents_holds_their_end(objective, document_length
     assert all(a <= c <= a + b for a, b, c in zip(originally, added, contexts.tolist(), strict=True))
 
 
+def test_moves_depend_on_no_neighbour():
+    lengths = np.full(6, 200)
+    is_end = ends_of(15, (6, 200))
+    drawn = draw_word_spans(lengths, InfillingRecipe(), keys(6))
+    together = keep_inside_documents(drawn, lengths, is_end, keys(6))
+    for text in range(6):
+        own = drawn.sample == text
+        alone = Spans(np.zeros(own.sum(), np.int64), drawn.start[own] - 200 * text, drawn.length[own])
+        ends = is_end[200 * text : 200 * text + 200]
+        found = as_pairs(keep_inside_documents(alone, lengths[:1], ends, keys(6)[text : text + 1]))
+        both = together.sample == text
+        assert found == list(zip(together.start[both] - 200 * text, together.length[both], strict=True))
+
+
 @pytest.mark.parametrize("objective", ["mask", "smask"])
 def test_a_text_of_nothing_but_ends_has_a_blank_all_the_same(objective):
     collator = DataCollatorForBlankInfilling(
