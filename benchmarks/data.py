@@ -207,7 +207,7 @@ def seconds(run: Callable[[], object]) -> float:
 
 def compare_collating(corpus: TokenFile, recipe: InfillingRecipe, config: GLMConfig, rounds: int) -> None:
     """Print how fast batches become blanks, ours and token by token."""
-    collator = DataCollatorForBlankInfilling(config, recipe)
+    collator = DataCollatorForBlankInfilling(config, recipe, with_labels=False)  # as GLMTrainer has it
     peer = TokenByToken(config, recipe)
     dataset = BlankInfillingDataset([corpus], recipe)
     ours, theirs = [], []

@@ -148,7 +148,7 @@ def build_trainer(
     ids = (draws**4 * (VOCAB - len(SPECIAL))).astype(np.int64)  # some are frequent, so there is a loss to lower
     write_token_file(folder / "corpus", [ids.reshape(-1, row_length).tolist()], {"kind": "text"}, VOCAB)
     dataset = BlankInfillingDataset([open_token_file(folder / "corpus")], recipe)
-    collator = DataCollatorForBlankInfilling(model.config, recipe)
+    collator = DataCollatorForBlankInfilling(model.config, recipe, with_labels=False)
     args = GLMTrainingArguments(
         output_dir=str(folder),
         max_steps=steps,

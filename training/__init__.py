@@ -8,6 +8,7 @@ from glm_hf.training.divergence import DivergenceError
 from glm_hf.training.gradient_shrink import shrink_embedding_gradient
 from glm_hf.training.mixture import BlankInfillingDataset
 from glm_hf.training.recipe import InfillingRecipe
+from glm_hf.training.token_metrics import mean_token_loss, token_losses
 from glm_hf.training.trainer import GLMTrainer
 from glm_hf.training.trainer_3d import GLM3DTrainer
 
@@ -21,7 +22,9 @@ __all__ = [
     "GLMTrainingArguments",
     "InfillingRecipe",
     "load_corpus",
+    "mean_token_loss",
     "sentence_ends",
     "shrink_embedding_gradient",
     "to_conversation",
+    "token_losses",
 ]

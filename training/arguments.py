@@ -7,10 +7,13 @@ from typing import Any
 import torch
 from torch import distributed as dist
 from transformers import TrainingArguments
+from transformers.trainer_utils import SchedulerType
 
 from glm_hf.training.parallel import Parallel
+from glm_hf.training.refusals import SAMPLE_SCHEDULE
 
 DIVERGENCE_ACTIONS = ("none", "skip", "lower_alpha", "stop")
+LOSS_NORMALIZATIONS = ("step", "micro_batch")
 
 
 @dataclass
@@ -20,16 +23,20 @@ class GLMTrainingArguments(TrainingArguments):
 
     Everything is counted in samples: a sample is a row of the dataset, and a step takes `global_batch_size` of them,
     in pieces of `per_device_train_batch_size`. The length of a run is `max_steps` if above 0, else `train_samples`,
-    else `num_train_epochs`.
+    else `num_train_epochs`. An argument of `TrainingArguments` that a trainer would ignore, it refuses.
 
     Args:
         learning_rate: Peak.
+        lr_scheduler_type: By default a cosine by samples, which the next three arguments describe; any other is
+            `Trainer`'s, by steps, with `warmup_steps` and `lr_scheduler_kwargs`.
         initial_learning_rate: At the first sample.
         min_learning_rate: At the last sample.
         warmup_share: Share of the samples over which the rate grows, before it falls along a cosine.
         train_samples: Length of the run.
         global_batch_size: Samples of a step on all devices; by default `per_device_train_batch_size` times
             `gradient_accumulation_steps` times devices, or copies of the model under `parallel`.
+        loss_normalization: `step` for the mean over all predicted tokens of a step, `micro_batch` for the mean over
+            its micro-batches (of `per_device_train_batch_size` samples) of their means, as GLM-130B was trained.
         batch_ramp_start: Samples of the first step, from which the batch grows to `global_batch_size`; GLM-130B grew
             from 192 to 4224. No ramp by default.
         batch_ramp_share: Share of the samples over which the batch grows.
@@ -48,6 +55,7 @@ class GLMTrainingArguments(TrainingArguments):
     """
 
     learning_rate: float = field(default=8e-5, metadata={"help": "Peak learning rate."})
+    lr_scheduler_type: SchedulerType | str = field(default=SAMPLE_SCHEDULE, metadata={"help": "Learning rate."})
     initial_learning_rate: float = field(default=1e-7, metadata={"help": "Learning rate at the first sample."})
     min_learning_rate: float = field(default=8e-6, metadata={"help": "Learning rate at the last sample."})
     warmup_share: float = field(default=0.005, metadata={"help": "Share of the samples for the warm-up."})
@@ -56,6 +64,7 @@ class GLMTrainingArguments(TrainingArguments):
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Folded into global_batch_size."})
     train_samples: int | None = field(default=None, metadata={"help": "Samples of the run."})
     global_batch_size: int | None = field(default=None, metadata={"help": "Samples of a step on all devices."})
+    loss_normalization: str = field(default="step", metadata={"help": f"One of {', '.join(LOSS_NORMALIZATIONS)}."})
     batch_ramp_start: int | None = field(default=None, metadata={"help": "Samples of the first step."})
     batch_ramp_share: float = field(default=0.025, metadata={"help": "Share of the samples for the batch ramp."})
     skip_data_ranges: list[str] = field(default_factory=list, metadata={"help": "Steps whose data is left out."})
@@ -82,10 +91,10 @@ class GLMTrainingArguments(TrainingArguments):
             self.deepspeed = None  # the pipeline has an engine of its own
         super().__post_init__()
         self.deepspeed = deepspeed
-        if self.divergence_action not in DIVERGENCE_ACTIONS:
-            raise ValueError(
-                f"divergence_action must be one of {', '.join(DIVERGENCE_ACTIONS)}, got {self.divergence_action!r}"
-            )
+        choices = {"divergence_action": DIVERGENCE_ACTIONS, "loss_normalization": LOSS_NORMALIZATIONS}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if not self.spike_threshold > 1:
             raise ValueError(f"spike_threshold must be above 1, got {self.spike_threshold}")
         for name in ("warmup_share", "batch_ramp_share"):
@@ -97,8 +106,12 @@ class GLMTrainingArguments(TrainingArguments):
             copies = parallel.data
             if dist.is_initialized() and dist.get_backend() == "gloo":
                 dist.barrier()  # or one that leaves with an error cuts off others that are still connecting
+        accumulated = self.per_device_train_batch_size * self.gradient_accumulation_steps * max(self.n_gpu, 1) * copies
         if self.global_batch_size is None:
-            self.global_batch_size = (
-                self.per_device_train_batch_size * self.gradient_accumulation_steps * max(self.n_gpu, 1) * copies
+            self.global_batch_size = accumulated
+        elif self.gradient_accumulation_steps > 1 and self.global_batch_size != accumulated:
+            raise ValueError(
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps} makes steps of {accumulated} "
+                f"samples, but global_batch_size is {self.global_batch_size}; give one of them"
             )
         self.gradient_accumulation_steps = 1  # the trainer cuts a step's samples into pieces itself

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset, Sampler
+from transformers import TrainingArguments
 
 from glm_hf.training.schedules import data_numbers
 
@@ -70,3 +71,14 @@ class ShuffledEpochs(Dataset):
         if self.order[0] != epoch:
             self.order = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self))
         return {**self.dataset[int(self.order[1][place])], "sample_id": number}
+
+
+def loader_options(args: TrainingArguments) -> dict[str, Any]:
+    """Return how a `DataLoader` works, apart from what it loads."""
+    return {
+        "num_workers": args.dataloader_num_workers,
+        "pin_memory": args.dataloader_pin_memory and args.device.type == "cuda",
+        "persistent_workers": args.dataloader_persistent_workers,
+        "prefetch_factor": args.dataloader_prefetch_factor,
+        "multiprocessing_context": args.dataloader_multiprocessing_context,
+    }

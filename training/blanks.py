@@ -87,25 +87,38 @@ def place_spans(lengths: np.ndarray, count: np.ndarray, span_lengths: np.ndarray
 
 
 def draw_sentence_spans(
-    lengths: np.ndarray, ends_sentence: np.ndarray, recipe: InfillingRecipe, keys: np.ndarray
+    lengths: np.ndarray,
+    ends_sentence: np.ndarray,
+    recipe: InfillingRecipe,
+    keys: np.ndarray,
+    is_end: np.ndarray | None = None,
 ) -> Spans:
     """
     Draw whole sentences, in random order, until they cover the share of the recipe.
 
-    Every text gets at least one. A text of a single sentence is a blank as a whole.
+    Every text gets at least one. A text of a single sentence is a blank as a whole. The end of a document belongs to
+    no sentence, unless a text is nothing else.
 
     Args:
         lengths: `(S,)` of the texts.
         ends_sentence: `(sum of lengths,)` bool, whether a token ends a sentence; the last of a text always does.
         recipe: Share; more than `recipe.most_spans` are not drawn.
         keys: `(S,)` of all draws.
+        is_end: `(sum of lengths,)` bool, whether a token is the `</s>` of a document; none is by default.
     """
     starts = exclusive_sum(lengths)
-    ends_sentence = ends_sentence.copy()
+    is_end = np.zeros_like(ends_sentence) if is_end is None else is_end
+    ends_sentence = ends_sentence | is_end
+    ends_sentence[:-1] |= is_end[1:]
     ends_sentence[starts + lengths - 1] = True
     end = np.flatnonzero(ends_sentence)
     start = np.concatenate(([0], end[:-1] + 1))
     sample = np.searchsorted(starts, start, side="right") - 1
+    if is_end.any():
+        is_sentence = ~is_end[start]
+        has_sentence = np.bincount(sample, is_sentence, len(lengths)) > 0
+        is_sentence |= ~has_sentence[sample]
+        start, end, sample = start[is_sentence], end[is_sentence], sample[is_sentence]
     sentences = np.bincount(sample, minlength=len(lengths))
     order = draw_within(sentences, sentences, keys, PLACE)
     length = (end - start + 1)[order]
@@ -145,18 +158,20 @@ def draw_within(counts: np.ndarray, wanted: np.ndarray, keys: np.ndarray, purpos
     Returns:
         Indices of entries, part after part.
     """
+    start = exclusive_sum(counts)
     part = np.repeat(np.arange(len(counts), dtype=np.uint64), counts)
-    number = ragged_range(np.zeros_like(counts), counts).astype(np.uint64)
+    number = np.arange(len(part), dtype=np.uint64)
+    number -= np.repeat(start.astype(np.uint64), counts)
     random_bits = mix(np.repeat(keys, counts), purpose, number) >> np.uint64(36)  # 28 of them
     limit = np.minimum((wanted + 6 * np.sqrt(wanted) + 8) / counts, 1) * (1 << 28)
-    is_low = random_bits < np.repeat(limit.astype(np.uint64), counts)
-    low_counts = np.add.reduceat(is_low, exclusive_sum(counts), dtype=np.int64)
+    low = (random_bits < np.repeat(limit.astype(np.uint64), counts)).nonzero()[0]
+    low_counts = np.diff(low.searchsorted(start), append=len(low))
     if (low_counts < wanted).any():
-        is_low[:], low_counts = True, counts
-    packed = part[is_low] << np.uint64(44) | random_bits[is_low] << np.uint64(16) | number[is_low]
+        low, low_counts = np.arange(len(part)), counts
+    packed = part[low] << np.uint64(44) | random_bits[low] << np.uint64(16) | number[low]
     packed.sort()
     drawn = packed[ragged_range(exclusive_sum(low_counts), wanted)]
-    return exclusive_sum(counts)[drawn >> np.uint64(44)] + (drawn & np.uint64(0xFFFF)).astype(np.int64)
+    return start[drawn >> np.uint64(44)] + (drawn & np.uint64(0xFFFF)).astype(np.int64)
 
 
 def cut_blanks(

@@ -9,7 +9,7 @@ import numpy as np
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 FACTORS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 # What a number is drawn for; counters stay below 2^32.
-KEY, OBJECTIVE, LENGTH, GOAL, PLACE, ORDER = (np.uint64(purpose << 32) for purpose in range(6))
+KEY, OBJECTIVE, LENGTH, GOAL, PLACE, ORDER, MOVE, PART = (np.uint64(purpose << 32) for purpose in range(8))
 
 
 def keys_of(seed: int, sample_ids: np.ndarray, numbers: np.ndarray) -> np.ndarray:
@@ -32,7 +32,10 @@ def uniform(keys: np.ndarray, purpose: np.uint64, counters: np.ndarray) -> np.nd
 
 def mix(keys: np.ndarray, purpose: np.uint64, counters: np.ndarray) -> np.ndarray:
     """Return 64 random bits for each key and counter."""
-    state = keys + (counters.astype(np.uint64) + purpose + np.uint64(1)) * GOLDEN
+    state = counters.astype(np.uint64)
+    state += purpose + np.uint64(1)
+    state *= GOLDEN
+    state = state + keys
     state ^= state >> np.uint64(30)
     state *= FACTORS[0]
     state ^= state >> np.uint64(27)

@@ -23,6 +23,11 @@ def cut_rows(batch: Batch, count: int) -> list[Batch]:
     return [dict(zip(batch, values, strict=True)) for values in parts]
 
 
+def predicted_by(batch: Batch) -> torch.Tensor:
+    """Return `(B, L)` what each token is to predict, from whichever labels a batch has."""
+    return batch["shift_labels"] if "shift_labels" in batch else F.pad(batch["labels"], (0, 1), value=IGNORED)[:, 1:]
+
+
 def require_names(batch: Batch) -> None:
     """Raise ValueError unless a batch is one of `DataCollatorForBlankInfilling`, with the origin of its rows."""
     if missing := [name for name in dict.fromkeys((*INPUTS, *LABELS)) if name not in batch]:

@@ -171,18 +171,20 @@ def plan_instructions(boundaries: np.ndarray, recipe: InfillingRecipe, rng: np.r
 
     Args:
         boundaries: `(2 * instructions + 1,)` index of the first token of every context and every target, in turns.
-        recipe: Length of a row.
+        recipe: Lengths of a row and of an instruction.
         rng: Source of the order.
 
     Raises:
-        ValueError: If an instruction does not fit a row, having been tokenized for longer ones.
+        ValueError: If an instruction is too long, having been tokenized for another recipe.
     """
     number = rng.permutation(len(boundaries) // 2)
     length = np.diff(boundaries).reshape(-1, 2)[number]
     with_sop = length.sum(1) + 1
-    if (with_sop > recipe.row_length).any():
+    longest = recipe.longest_instruction
+    if (with_sop > longest).any():
+        name = "row_length" if recipe.instruction_length is None else "instruction_length"
         raise ValueError(
-            f"an instruction takes {with_sop.max()} tokens, but row_length is {recipe.row_length}; "
+            f"an instruction takes {with_sop.max()} tokens, but {name} is {longest}; "
             "tokenize the instructions again for rows of this length"
         )
     first = next_fit(with_sop, recipe.row_length)

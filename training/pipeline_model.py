@@ -71,7 +71,8 @@ class GLMPipeline(PipelineModule):
     Attributes:
         config: The model's configuration.
         ranks: The tensor-parallel ranks of this process.
-        observe: Called in training with the losses `(N,)` of a micro-batch and its labels, on the last stage.
+        observe: Called with the losses `(N,)` of a micro-batch and its labels, on the last stage.
+        label_smoothing: Share of the loss that is spread over the vocabulary, in `[0, 1]`.
 
     Raises:
         ValueError: If the model cannot be spread in this way.
@@ -95,6 +96,7 @@ class GLMPipeline(PipelineModule):
             mark_cut(module, prefix, self.ranks)
         self.loss_fn = self.loss_of
         self.observe: Callable[..., None] | None = None
+        self.label_smoothing = 0.0
         self.rotary_emb = GLMRotaryEmbedding(config).to(next(self.parameters()).device)
         self._num_parameters = whole.num_parameters()
 
@@ -187,8 +189,9 @@ class GLMPipeline(PipelineModule):
         shift_labels, factor, *origin = labels
         is_target = shift_labels != IGNORED
         head = self.forward_funcs[-1]
-        losses = head.cross_entropy(head.logits(hidden_states[is_target]), shift_labels[is_target])
-        if self.training and self.observe is not None:
+        logits = head.logits(hidden_states[is_target])
+        losses = head.cross_entropy(logits, shift_labels[is_target], self.label_smoothing)
+        if self.observe is not None:
             self.observe(losses, shift_labels, *origin)
         return losses.sum() * factor
 
@@ -205,6 +208,15 @@ class GLMPipeline(PipelineModule):
         for layer in self.layers:
             layer.gradient_checkpointing = layer.attention.layer_idx % every_n_layers == 0
             layer._gradient_checkpointing_func = repeat
+
+    def gradient_checkpointing_enable(
+        self,
+        gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """Do as `activation_checkpointing_enable`, by its name in older versions of transformers."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, every_n_layers, offload)
 
     def _partition_layers(self, method: str = "uniform") -> None:
         """Give every stage its layers, the first the embedding and the last norm and head."""

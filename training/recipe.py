@@ -30,6 +30,8 @@ class InfillingRecipe:
         max_span_length: Longest `[MASK]`; no limit by default.
         min_blank_length: Shortest `[gMASK]`, whose length is uniform.
         max_blank_length: Longest `[gMASK]`; all but one token by default.
+        instruction_length: Longest instruction in tokens, its target and `sop` included; `row_length` by default.
+            GLM-130B's had 512.
 
     Raises:
         ValueError: If a number is out of its range.
@@ -45,6 +47,7 @@ class InfillingRecipe:
     max_span_length: int | None = None
     min_blank_length: int = 1
     max_blank_length: int | None = None
+    instruction_length: int | None = None
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -53,6 +56,11 @@ class InfillingRecipe:
         if not 8 <= self.window_length <= self.row_length:
             raise ValueError(
                 f"window_length must lie between 8 and row_length ({self.row_length}), got {self.window_length}"
+            )
+        if self.instruction_length is not None and not 4 <= self.instruction_length <= self.row_length:
+            raise ValueError(
+                f"instruction_length must lie between 4 and row_length ({self.row_length}), "
+                f"got {self.instruction_length}"
             )
         probabilities = (self.mask_probability, self.smask_probability)
         if min(probabilities) < 0 or sum(probabilities) > 1:
@@ -105,6 +113,11 @@ class InfillingRecipe:
         window = self.row_length if objective == "gmask" else self.window_length
         lengths = np.arange(1, window)
         return int(lengths[self.infilled_length(lengths, objective) <= window].max())
+
+    @property
+    def longest_instruction(self) -> int:
+        """How many tokens an instruction may have, its target and `sop` included."""
+        return self.row_length if self.instruction_length is None else self.instruction_length
 
     def texts_per_row(self, objective: str) -> int:
         """Return how many texts of full length stand side by side in a row."""

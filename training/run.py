@@ -248,7 +248,7 @@ def load_dataset(
     """Return the rows of some corpora, tokenized in the cache folder of the configuration."""
     known = [fields_of(CorpusSource, source, "keys of a corpus") for source in sources]
     cache = Path(settings.get("cache", "tokenized"))
-    corpora = [load_corpus(source, tokenizer, config, cache, recipe.row_length) for source in known]
+    corpora = [load_corpus(source, tokenizer, config, cache, recipe.longest_instruction) for source in known]
     weights = [source.weight for source in known]
     if len({weight is None for weight in weights}) > 1:
         raise ValueError("give every corpus a weight, or none")

@@ -130,21 +130,25 @@ class VocabParallelEmbedding(nn.Module):
         """Return the logits of this rank's tokens, `(..., V/n)`, for `(..., D)` hidden states."""
         return F.linear(sum_gradients(hidden_states, self.ranks), self.weight)
 
-    def cross_entropy(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def cross_entropy(self, logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
         """
         Return the losses `(N,)` of the whole vocabulary in fp32, the same on all ranks.
 
         Args:
             logits: `(N, V/n)` of this rank.
             labels: `(N,)` ids.
+            label_smoothing: Share of the target that is spread evenly over the vocabulary.
         """
         logits = logits.float()
         if self.ranks.size == 1:
-            return F.cross_entropy(logits, labels, reduction="none")
+            return F.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
         highest = self.ranks.all_reduce(logits.detach().amax(-1), dist.ReduceOp.MAX)
         logits = logits - highest[:, None]
         rows, is_here = self._rows(labels)
         of_label = sum_over_ranks(logits.gather(1, rows[:, None])[:, 0] * is_here, self.ranks)
+        if label_smoothing:
+            mean = sum_over_ranks(logits.sum(-1), self.ranks) / (len(self.weight) * self.ranks.size)
+            of_label = (1 - label_smoothing) * of_label + label_smoothing * mean
         return sum_over_ranks(logits.exp().sum(-1), self.ranks).log() - of_label
 
     def _rows(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

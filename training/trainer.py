@@ -4,10 +4,11 @@ import contextlib
 import json
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -15,14 +16,12 @@ from accelerate.utils import gather_object
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy, rotate_checkpoints
 from transformers.utils import logging
 
 from glm_hf.training.arguments import GLMTrainingArguments
-from glm_hf.training.batches import ShuffledEpochs, StepSampler
-from glm_hf.training.blanks import IGNORED
+from glm_hf.training.batches import ShuffledEpochs, StepSampler, loader_options
 from glm_hf.training.checkpoints import STAGING, staged_checkpoint
 from glm_hf.training.data_collator import DataCollatorForBlankInfilling
 from glm_hf.training.divergence import DivergenceError, DivergenceWatch, record_event, stop_message
@@ -30,8 +29,17 @@ from glm_hf.training.gradient_shrink import shrink_embedding_gradient
 from glm_hf.training.meters import LossMeter
 from glm_hf.training.micro_batches import Batch, cut_rows
 from glm_hf.training.mixture import BlankInfillingDataset
+from glm_hf.training.refusals import (
+    REFUSED,
+    SAMPLE_SCHEDULE,
+    require_all_processes_apart,
+    require_honoured,
+    require_one_schedule,
+    require_whole_steps,
+)
 from glm_hf.training.schedules import BatchSchedule, LearningRateSchedule, PiecewiseLinear, parse_ranges
 from glm_hf.training.throughput import flops_per_token, peak_tflops
+from glm_hf.training.token_loss import TokenLossTrainer
 from glm_hf.training.zero import DeferredStep, gradient_norm
 
 STATE_FILE = "glm_training_state.json"
@@ -39,7 +47,7 @@ STATE_FILE = "glm_training_state.json"
 logger = logging.get_logger(__name__)
 
 
-class GLMTrainer(Trainer):
+class GLMTrainer(TokenLossTrainer):
     """
     transformers' `Trainer`, counting in samples, with GLM-130B's schedules, losses by objective and safeguards.
 
@@ -50,7 +58,11 @@ class GLMTrainer(Trainer):
 
     Logged besides: `loss_mask`, `loss_smask`, `loss_gmask`, `loss_instruction` (means per predicted token),
     `embedding_grad_norm`, `embedding_gradient_shrink`, `samples`, `tokens_per_second`, and `mfu`, the model FLOPs
-    utilization, where the peak of the device is known.
+    utilization, where the peak of the device is known. `eval_loss` is the mean over all predicted tokens, whatever the
+    batches and processes, with `eval_loss_mask` and so on beside it.
+
+    Predictions, as `predict` returns and metrics get them, are `(rows, L, V)`, and label ids `(rows, L)` are what each
+    token is to predict.
 
     Args:
         model: As in `Trainer`.
@@ -59,12 +71,14 @@ class GLMTrainer(Trainer):
         **kwargs: As in `Trainer`.
 
     Raises:
-        ValueError: If schedules are impossible, or `train_dataset` has no length.
+        ValueError: If an argument would be ignored, schedules are impossible, or `train_dataset` has no length.
         DivergenceError: From `train`, if training has stopped itself.
     """
 
     args: GLMTrainingArguments
     takes_parallel = False
+    lr_scheduler: Any
+    refused: ClassVar[Mapping[str, str]] = REFUSED
 
     def __init__(
         self, model: Any = None, args: GLMTrainingArguments | None = None, data_collator: Any = None, **kwargs: Any
@@ -76,38 +90,47 @@ class GLMTrainer(Trainer):
             raise ValueError(
                 "args.parallel is for GLM3DTrainer, which takes the folder of a model instead of the model"
             )
-        if data_collator is None:
-            data_collator = DataCollatorForBlankInfilling(model.config, seed=args.seed)
-        if isinstance(data_collator, DataCollatorForBlankInfilling):
-            data_collator = replace(data_collator, with_origin=True)
+        require_honoured(args, self.refused, type(self).__name__)
+        require_one_schedule(args, kwargs.get("optimizers", (None, None))[1])
         super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
-        adapter = getattr(model, "active_peft_config", None)
-        if adapter is not None and adapter.is_prompt_learning and adapter.peft_type != "PREFIX_TUNING":
-            raise ValueError(
-                f"samples share rows, in which {adapter.peft_type.value} has no place for a prompt of each; use "
-                "PREFIX_TUNING (P-tuning v2) or LORA"
+        if data_collator is None:
+            self.data_collator = DataCollatorForBlankInfilling(self.model.config, seed=args.seed)
+        if isinstance(self.data_collator, DataCollatorForBlankInfilling):
+            self.data_collator = replace(
+                self.data_collator, with_origin=True, with_labels=self.compute_loss_func is not None
             )
-        if self.is_deepspeed_enabled and args.divergence_action == "skip":
-            raise ValueError("DeepSpeed cannot leave out an update; set divergence_action to stop or lower_alpha")
+        self._require_possible()
         shrink = args.embedding_gradient_shrink
         self.alpha_schedule = None if shrink is None else PiecewiseLinear.of(shrink)
         self.alpha_factor = 1.0
         self.watch = DivergenceWatch(args.spike_threshold)
         self.meter = LossMeter(args.device)
+        self.eval_meter = LossMeter(args.device)
         self.embedding_norm: torch.Tensor | None = None
         self.step_loss: torch.Tensor | None = None
         self.last_log = time.perf_counter()
         self.is_saving = False
 
+    def _require_possible(self) -> None:
+        """Raise ValueError if the model, the data or DeepSpeed do not go with the arguments."""
+        adapter = getattr(self.model, "active_peft_config", None)
+        if adapter is not None and adapter.is_prompt_learning and adapter.peft_type != "PREFIX_TUNING":
+            raise ValueError(
+                f"samples share rows, in which {adapter.peft_type.value} has no place for a prompt of each; use "
+                "PREFIX_TUNING (P-tuning v2) or LORA"
+            )
+        if self.is_deepspeed_enabled and self.args.divergence_action == "skip":
+            raise ValueError("DeepSpeed cannot leave out an update; set divergence_action to stop or lower_alpha")
+        if self.args.data_seed is not None and isinstance(self.train_dataset, BlankInfillingDataset):
+            raise ValueError("data_seed has no effect on a BlankInfillingDataset; give the dataset its own seed")
+        require_whole_steps(self)
+        if not self.takes_parallel:
+            require_all_processes_apart(self)
+
     @property
     def data_rank(self) -> int:
         """Which share of a step's samples this process takes."""
         return self.args.process_index
-
-    @property
-    def data_size(self) -> int:
-        """How many shares of a step's samples there are."""
-        return self.args.world_size
 
     def plan_steps(self) -> np.ndarray:
         """Return `(steps + 1,)` the samples before every step and after the last."""
@@ -131,18 +154,15 @@ class GLMTrainer(Trainer):
         self.samples_before = self.plan_steps()
         dataset = self.train_dataset
         if not isinstance(dataset, BlankInfillingDataset):
-            dataset = ShuffledEpochs(dataset, args.seed)
+            dataset = ShuffledEpochs(dataset, args.seed if args.data_seed is None else args.data_seed)
         skipped = parse_ranges(args.skip_data_ranges, self.samples_before[1:])
         sampler = StepSampler(np.diff(self.samples_before), skipped, self.data_rank, self.data_size)
         return DataLoader(
             dataset,
             batch_sampler=sampler,
             collate_fn=self.data_collator,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
-            prefetch_factor=args.dataloader_prefetch_factor,
-            multiprocessing_context=args.dataloader_multiprocessing_context,
             generator=torch.Generator().manual_seed(args.seed),  # the global one would move with the loader
+            **loader_options(args),
         )
 
     def set_initial_training_values(
@@ -152,8 +172,10 @@ class GLMTrainer(Trainer):
         steps, samples = len(dataloader), int(self.samples_before[-1])
         return 1, steps, len(self.train_dataset), samples, args.global_batch_size, steps, steps
 
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
-        """Make the learning rate follow the samples."""
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Make the learning rate follow the samples, unless another schedule is asked for."""
+        if self.lr_scheduler is not None or self.args.lr_scheduler_type != SAMPLE_SCHEDULE:
+            return super().create_scheduler(num_training_steps, optimizer)
         args, total = self.args, int(self.samples_before[-1])
         rate = LearningRateSchedule(
             args.initial_learning_rate, args.learning_rate, args.min_learning_rate, args.warmup_share * total, total
@@ -173,18 +195,25 @@ class GLMTrainer(Trainer):
         if uses_zero and not isinstance(self.accelerator.deepspeed_engine_wrapped, DeferredStep):
             self.accelerator.deepspeed_engine_wrapped = DeferredStep(self.model_wrapped)
         pieces = self._cut(inputs)
+        items = self._items_of(pieces, num_items_in_batch)
         losses = []
-        for number, piece in enumerate(pieces, 1):
+        for number, (piece, num_items) in enumerate(zip(pieces, items, strict=True), 1):
             is_last = number == len(pieces)
             self.accelerator.gradient_state._set_sync_gradients(is_last)
             with contextlib.nullcontext() if is_last or uses_zero else self.accelerator.no_sync(model):
-                losses.append(super().training_step(model, piece, num_items_in_batch))
+                losses.append(super().training_step(model, piece, num_items))
         self.step_loss = torch.stack(losses).sum()
         self.embedding_norm = self._measure_embedding()
         if uses_zero:
             self._check_step(0.0)
             self.model_wrapped.step()
         return self.step_loss
+
+    def _update_auto_batch_size(self, batch_size: int) -> None:
+        """Begin with smaller pieces of a step, which has as many samples as before."""
+        super()._update_auto_batch_size(batch_size)
+        self.meter.take()
+        self.watch = DivergenceWatch(self.args.spike_threshold)
 
     def _begin_step(self) -> None:
         """Forget the rows of the step before, and set what changes from step to step."""
@@ -194,38 +223,9 @@ class GLMTrainer(Trainer):
             shrink_embedding_gradient(self.model, alpha * self.alpha_factor)
 
     def _cut(self, inputs: Batch) -> list[Batch]:
-        """Return a step's samples in pieces of `per_device_train_batch_size`."""
+        """Return a step's samples in pieces of `per_device_train_batch_size`, or less if `auto_find_batch_size`."""
         first, end = self.samples_before[self.state.global_step : self.state.global_step + 2]
-        return cut_rows(inputs, -(-(int(end - first) // self.data_size) // self.args.per_device_train_batch_size))
-
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """Return the mean loss of the predicted tokens; logits are made for these only, unless metrics need all."""
-        if "shift_labels" not in inputs:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        inputs = dict(inputs)
-        labels = inputs.pop("shift_labels")
-        objectives, sample_ids = inputs.pop("objectives", None), inputs.pop("sample_ids", None)
-        is_target = labels != IGNORED
-        keeps_all = return_outputs and self.compute_metrics is not None
-        outputs = model(**inputs, use_cache=False, logits_to_keep=0 if keeps_all else is_target)
-        logits = outputs.logits[is_target] if keeps_all else outputs.logits
-        losses = nn.functional.cross_entropy(logits.float(), labels[is_target], reduction="none")
-        if model.training and objectives is not None:
-            self.meter.add(losses, labels, inputs["segment_ids"], objectives, sample_ids)
-        if num_items_in_batch is None:
-            loss = losses.mean()
-        else:  # counted over all processes, whose gradients are averaged
-            loss = losses.sum() * (self.accelerator.num_processes / num_items_in_batch)
-        return (loss, outputs) if return_outputs else loss
-
-    def _get_num_items_in_batch(self, batch_samples: list[dict[str, torch.Tensor]], device: torch.device) -> Any:
-        """Return the number of predicted tokens of a step on all processes."""
-        if "shift_labels" not in batch_samples[0]:
-            return super()._get_num_items_in_batch(batch_samples, device)
-        count = sum((batch["shift_labels"] != IGNORED).sum() for batch in batch_samples)
-        return self.accelerator.reduce(count.to(device))
+        return cut_rows(inputs, -(-(int(end - first) // self.data_size) // self._train_batch_size))
 
     def _measure_embedding(self) -> torch.Tensor | None:
         """Return the norm of the embedding's gradient, without a loss scale; None where it is not trained."""

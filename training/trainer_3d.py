@@ -15,6 +15,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from glm_hf.configuration_glm import GLMConfig
 from glm_hf.model_files import read_config
 from glm_hf.training.arguments import GLMTrainingArguments
+from glm_hf.training.batches import loader_options
 from glm_hf.training.blanks import IGNORED
 from glm_hf.training.checkpoint_3d import load_engine, require_own, save_engine
 from glm_hf.training.engine_3d import (
@@ -27,8 +28,16 @@ from glm_hf.training.engine_3d import (
     summed,
 )
 from glm_hf.training.heartbeat import Heartbeat
+from glm_hf.training.meters import LossMeter
 from glm_hf.training.micro_batches import Batch, common_shape, empty_batch, micro_batches, require_names
 from glm_hf.training.parallel import Parallel
+from glm_hf.training.refusals import (
+    MATRIX_FREE,
+    REFUSED_3D,
+    REFUSED_OBJECTS_3D,
+    require_honoured,
+    require_objects,
+)
 from glm_hf.training.trainer import GLMTrainer
 
 EVAL_ROUNDS = 4  # micro-batches per stage that are evaluated in one go, so that stages rarely wait
@@ -49,13 +58,16 @@ class GLM3DTrainer(GLMTrainer):
             have 16 bits, and the optimizer keeps fp32 ones.
         data_collator: As in `GLMTrainer`.
         config: Of `model`, if some of its fields are not those in its folder.
-        **kwargs: As in `GLMTrainer`; `compute_metrics` is not supported.
+        **kwargs: As in `GLMTrainer`, without those of `REFUSED_OBJECTS_3D`.
 
     Raises:
-        ValueError: On all processes, before any waits for another, if the model cannot be spread in this way.
+        ValueError: On all processes, before any waits for another, if the model cannot be spread in this way, or an
+            argument would be ignored.
     """
 
     takes_parallel = True
+    refused = REFUSED_3D
+    lr_scheduler: Any
 
     def __init__(
         self,
@@ -68,12 +80,15 @@ class GLM3DTrainer(GLMTrainer):
     ) -> None:
         if not isinstance(args, GLMTrainingArguments) or args.parallel is None:
             raise ValueError("GLM3DTrainer takes GLMTrainingArguments with parallel={tensor, pipeline, data}")
-        if kwargs.get("compute_metrics") is not None:
-            raise ValueError("compute_metrics needs logits of the whole vocabulary, which no process has")
+        require_objects(kwargs, REFUSED_OBJECTS_3D, "GLM3DTrainer")
+        require_honoured(args, self.refused, "GLM3DTrainer")
+        if args.optim not in MATRIX_FREE:
+            raise ValueError(f"optim must be one of {', '.join(MATRIX_FREE)}, as no process has whole matrices")
         self.parallel = Parallel.of(args.parallel)
         self.stage, _, self.tensor_rank = self.parallel.coordinates(args.process_index)
         super().__init__(self._make_pipeline(model, args, config), args, data_collator, **kwargs)
         self.model.observe = self._observe
+        self.model.label_smoothing = args.label_smoothing_factor
         self.engine: Any = None
         self.shape: tuple[int, ...] = ()
 
@@ -146,6 +161,8 @@ class GLM3DTrainer(GLMTrainer):
         from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
 
         engine = self.make_engine()
+        if self._created_lr_scheduler:
+            self.lr_scheduler = None
         self.create_scheduler(max_steps, engine.optimizer.optimizer)
         self.optimizer = DeepSpeedOptimizerWrapper(engine.optimizer)  # its step does nothing, the engine's does
         self.model_wrapped = engine
@@ -162,9 +179,10 @@ class GLM3DTrainer(GLMTrainer):
         self._begin_step()
         torch.manual_seed(self._seed_of_step())
         pieces = self._cut(inputs)
-        factor = len(pieces) * self.data_size / num_items_in_batch  # the engine takes means over both
+        items = self._items_of(pieces, num_items_in_batch)
+        factors = [len(pieces) * self.num_averaged / float(count) for count in items]  # the engine takes means
         self.engine.set_train_batch_size(len(pieces) * self.args.per_device_train_batch_size * self.data_size)
-        loss = self.engine.train_batch(self._prepared([(piece, factor) for piece in pieces]))
+        loss = self.engine.train_batch(self._prepared(list(zip(pieces, factors, strict=True))))
         return loss.detach().to(self.args.device)
 
     def _seed_of_step(self) -> int:
@@ -183,7 +201,7 @@ class GLM3DTrainer(GLMTrainer):
     def _observe(self, losses: torch.Tensor, labels: torch.Tensor, *origin: torch.Tensor) -> None:
         """Take note of the losses of a micro-batch."""
         if self.is_reporter:
-            self.meter.add(losses, labels, *origin)
+            (self.meter if self.model.training else self.eval_meter).add(losses, labels, *origin)
 
     def _may_update(self) -> bool:
         """Measure a step's loss and gradients before its update, and tell whether it may be made."""
@@ -213,9 +231,11 @@ class GLM3DTrainer(GLMTrainer):
         return float(self.engine.get_global_grad_norm())
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> float:
-        """Return the number of predicted tokens of a step on all copies of the model."""
+        """Return the number of predicted tokens of a step, on all copies of the model if they are averaged."""
         require_names(batch_samples[0])
         count = sum((batch["shift_labels"] != IGNORED).sum() for batch in batch_samples)
+        if not self.args.average_tokens_across_devices:
+            return float(count)
         return summed([torch.as_tensor(count, device=device)], self.data_group)[0]
 
     def floating_point_ops(self, inputs: Batch) -> float:
@@ -232,7 +252,9 @@ class GLM3DTrainer(GLMTrainer):
         size, number = self.args.per_device_eval_batch_size, len(dataset)
         starts = range(0, number, size)[self.data_rank :: self.data_size]
         batches = [list(range(start, min(start + size, number))) for start in starts]
-        return DataLoader(dataset, batch_sampler=batches, collate_fn=self.data_collator)
+        if self.args.dataloader_drop_last:
+            batches = [batch for batch in batches if len(batch) == size]
+        return DataLoader(dataset, batch_sampler=batches, collate_fn=self.data_collator, **loader_options(self.args))
 
     def evaluation_loop(
         self,
@@ -242,38 +264,29 @@ class GLM3DTrainer(GLMTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Return the mean loss of the batches, as `Trainer` weighs them: by rows. Predictions are not supported."""
+        """Return the mean loss over all predicted tokens, and by kind of blank. Predictions are not supported."""
         if description != "Evaluation":
             raise ValueError("a pipeline gives no predictions; export the model and load it with from_pretrained")
         self.make_engine()
+        self.eval_meter.take()
         number, size = len(cast(Sized, dataloader.dataset)), self.args.per_device_eval_batch_size
         rounds = -(-number // (size * self.data_size))  # of the copy that has the most batches
         at_once = min(rounds, EVAL_ROUNDS * self.parallel.pipeline)
         batches = iter(dataloader)
-        total = torch.zeros(2, dtype=torch.float64)
+        nothing = empty_batch(self.model.config.pad_token_id)
         for _ in range(-(-rounds // at_once)):
-            total += self._evaluate_batches([next(batches, None) for _ in range(at_once)])
-        weighed, rows = summed(list(total.to(self.args.device)))
-        return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": weighed / rows}, number)
-
-    def _evaluate_batches(self, batches: list[Batch | None]) -> torch.Tensor:
-        """Return the sum of the batches' losses by rows and the number of rows, if this process is to report them."""
-        known = [batch for batch in batches if batch is not None]
-        pad_token_id = self.model.config.pad_token_id
-        first = known[0] if known else empty_batch(pad_token_id)
-        pieces = []
-        for batch in (first if batch is None else batch for batch in batches):
-            require_names(batch)
-            pieces.append((batch, 1 / max(int((batch["shift_labels"] != IGNORED).sum()), 1)))
-        losses = self.engine.eval_batch(
-            self._prepared(pieces), reduce_output=None, bcast_loss=False, num_micro_batches=len(pieces)
-        )
-        total = torch.zeros(2, dtype=torch.float64)
-        if self.is_reporter:
-            for batch, loss in zip(batches, losses, strict=True):
-                rows = 0 if batch is None else len(batch["input_ids"])
-                total += torch.tensor([float(loss) * rows, rows], dtype=torch.float64)
-        return total
+            pieces = [next(batches, nothing) for _ in range(at_once)]
+            for piece in pieces:
+                require_names(piece)
+            self.eval_meter.begin_step()
+            self.engine.eval_batch(
+                self._prepared([(piece, 1.0) for piece in pieces]),
+                reduce_output=None,
+                bcast_loss=False,
+                num_micro_batches=at_once,
+            )
+        taken = torch.tensor(summed(list(self.eval_meter.take())))
+        return EvalLoopOutput(None, None, LossMeter.describe_evaluation(taken, metric_key_prefix), number)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write a Hugging Face folder, each stage its own files; within a checkpoint, what training goes on from."""

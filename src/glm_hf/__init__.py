@@ -8,6 +8,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from glm_hf._version import __version__
 from glm_hf.configuration_glm import GLMConfig
@@ -21,6 +22,11 @@ from glm_hf.versions_glm import AutoModelForDecision
 AutoConfig.register("glm130b", GLMConfig, exist_ok=True)
 AutoModel.register(GLMConfig, GLMModel, exist_ok=True)
 AutoModelForCausalLM.register(GLMConfig, GLMForBlankInfilling, exist_ok=True)
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.update(  # where `Trainer` looks up whether label smoothing shifts labels
+    glm130b="GLMForBlankInfilling",
+    glm130b_in_fsdp="FSDPGLMForBlankInfilling",  # what FSDP makes of its name
+    glm130b_behind_prefix="GLMModel",  # what it finds under PEFT's prefix tuning
+)
 AutoModelForSeq2SeqLM.register(GLMConfig, GLMForBlankInfilling, exist_ok=True)
 AutoModelForMaskedLM.register(GLMConfig, GLMForMaskedLM, exist_ok=True)
 if AutoModelForDecision is not None:

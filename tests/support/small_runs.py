@@ -1,9 +1,10 @@
 """Short training runs of a tiny model on random texts."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from glm_hf import GLMForBlankInfilling
 from glm_hf.training import DataCollatorForBlankInfilling, GLMTrainer, GLMTrainingArguments, InfillingRecipe
@@ -25,6 +26,26 @@ class Texts(Dataset):
         return {"input_ids": self.texts[number]}
 
 
+class Stream(IterableDataset):
+    """Features one after another."""
+
+    def __init__(self, data: Dataset) -> None:
+        self.data = data
+
+    def __iter__(self) -> Iterator[dict]:
+        return (self.data[number] for number in range(len(self.data)))
+
+
+class SomeTwice:
+    """A collator of one's own that makes two rows of some features, so that processes have unequal numbers."""
+
+    def __init__(self, collator: DataCollatorForBlankInfilling, every: int) -> None:
+        self.collator, self.every = collator, every
+
+    def __call__(self, features: list[dict]) -> dict:
+        return self.collator([f for f in features for _ in range(1 + (f["sample_id"] % self.every == 0))])
+
+
 def make_arguments(folder: Path, **changes) -> GLMTrainingArguments:
     settings = {
         "output_dir": str(folder),
@@ -43,19 +64,27 @@ def make_arguments(folder: Path, **changes) -> GLMTrainingArguments:
 
 
 def make_trainer(
-    model_folder: Path, folder: Path, *, dropout: float = 0.0, data=None, eval_dataset=None, callbacks=(), **changes
+    model_folder: Path,
+    folder: Path,
+    *,
+    dropout: float = 0.0,
+    data=None,
+    eval_dataset=None,
+    callbacks=(),
+    objects: dict | None = None,
+    args: GLMTrainingArguments | None = None,
+    **changes,
 ) -> GLMTrainer:
+    """Return a trainer; `objects` are further arguments of its own, `args` stand instead of `changes`."""
     model = GLMForBlankInfilling.from_pretrained(model_folder, dtype="float32", hidden_dropout=dropout)
-    collator = DataCollatorForBlankInfilling(model.config, RECIPE, seed=3)
-    data = Texts() if data is None else data
-    return GLMTrainer(
-        model,
-        make_arguments(folder, **changes),
-        collator,
-        train_dataset=data,
-        eval_dataset=eval_dataset,
-        callbacks=list(callbacks),
-    )
+    given = {
+        "model": model,
+        "data_collator": DataCollatorForBlankInfilling(model.config, RECIPE, seed=3),
+        "train_dataset": Texts() if data is None else data,
+        "eval_dataset": eval_dataset,
+        "callbacks": list(callbacks),
+    }
+    return GLMTrainer(args=make_arguments(folder, **changes) if args is None else args, **(given | (objects or {})))
 
 
 def losses(trainer: GLMTrainer) -> list[float]:

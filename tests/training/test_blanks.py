@@ -186,6 +186,7 @@ def test_first_in_each_finds_first_marks():
         ({"min_span_length": 0}, "min_span_length"),
         ({"min_span_length": 5, "max_span_length": 4}, "max_span_length"),
         ({"min_blank_length": 9, "max_blank_length": 3}, "max_blank_length"),
+        ({"instruction_length": 4096}, "instruction_length must lie between 4 and row_length"),
     ],
 )
 def test_impossible_recipes_are_refused(change, message):

@@ -1,5 +1,7 @@
 """What the collator returns: hand-written rows, statistics of the recipe, and what a model makes of it."""
 
+from collections import Counter
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +11,7 @@ from golden import golden_config, golden_model
 from torch.nn.functional import cross_entropy
 
 from glm_hf.infilling_glm import infilling_layout
-from glm_hf.training import DataCollatorForBlankInfilling, InfillingRecipe, sentence_ends
+from glm_hf.training import DataCollatorForBlankInfilling, InfillingRecipe, data_collator, sentence_ends
 from glm_hf.training.packing import Row
 
 CONFIG = golden_config("cfg1")
@@ -41,17 +43,46 @@ def test_one_instruction_and_one_text_look_as_by_hand():
     sop, eop, pad = CONFIG.sop_token_id, CONFIG.eop_token_id, CONFIG.pad_token_id
     features = [{"inputs": [7, mask, 8], "targets": [9, 10]}, {"inputs": [11], "targets": [12]}]
     batch = collator()(features)
-    assert batch["input_ids"].tolist() == [[7, mask, 8, eos, sop, 9, 10], [11, gmask, sop, 12, pad, pad, pad]]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 1, 1, 1], [0, 1, 2, 3, 0, 0, 0]]
-    assert batch["segment_ids"].tolist() == [[1] * 7, [1] * 4 + [0] * 3]
-    assert batch["shift_labels"].tolist() == [[-100] * 4 + [9, 10, eop], [-100] * 2 + [12, eop] + [-100] * 3]
+    no = -100
+    assert list(batch) == ["input_ids", "position_ids", "segment_ids", "shift_labels", "labels"]
+    assert batch["input_ids"].tolist() == [[7, mask, 8, eos, sop, 9, 10, pad], [11, gmask, sop, 12, *[pad] * 4]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 1, 1, 1, 0], [0, 1, 2, 3, 0, 0, 0, 0]]
+    assert batch["segment_ids"].tolist() == [[1] * 7 + [0], [1] * 4 + [0] * 4]
+    assert batch["shift_labels"].tolist() == [[no] * 4 + [9, 10, eop, no], [no] * 2 + [12, eop] + [no] * 4]
+    assert batch["labels"].tolist() == [[no] * 5 + [9, 10, eop], [no] * 3 + [12, eop] + [no] * 3]
+
+
+def test_a_column_of_padding_is_only_added_where_a_label_needs_it():
+    recipe = InfillingRecipe(row_length=64, window_length=32)
+    without = DataCollatorForBlankInfilling(CONFIG, recipe, with_labels=False)
+    for row in (text_row("gmask", [62], is_end=False), text_row("gmask", [62], is_end=True)):
+        predicts_last = int(row.is_end[0])
+        batch, plain = collator()([row]), without([row])
+        assert batch["input_ids"].shape == (1, 64 + predicts_last)
+        assert "labels" not in plain
+        assert all(torch.equal(plain[name], batch[name][:, :64]) for name in plain)
+
+
+def test_rows_can_be_padded_to_the_length_of_a_row():
+    features = [{"inputs": [11], "targets": [12]}]
+    for with_labels, length in ((True, 65), (False, 64)):
+        made = DataCollatorForBlankInfilling(CONFIG, SMALL, with_labels=with_labels, padding="max_length")
+        assert made(features)["input_ids"].shape == (1, length)
+    with pytest.raises(ValueError, match="padding must be longest or max_length, got 'most'"):
+        DataCollatorForBlankInfilling(CONFIG, SMALL, padding="most")
 
 
 def test_a_text_of_two_tokens_has_one_possible_gmask():
     batch = collator(mask_probability=0.0)([{"input_ids": [7, 8]}])
-    assert batch["input_ids"].tolist() == [[7, CONFIG.gmask_token_id, CONFIG.sop_token_id, 8]]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 3]]
-    assert batch["shift_labels"].tolist() == [[-100, -100, 8, CONFIG.eop_token_id]]
+    assert batch["input_ids"].tolist() == [[7, CONFIG.gmask_token_id, CONFIG.sop_token_id, 8, CONFIG.pad_token_id]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0]]
+    assert batch["shift_labels"].tolist() == [[-100, -100, 8, CONFIG.eop_token_id, -100]]
+
+
+def test_padding_is_no_text():
+    padded = [{"input_ids": [7, 8, 0, 0], "attention_mask": [1, 1, 0, 0]}, {"input_ids": [7, 8]}]
+    first, second = collator(mask_probability=0.0)(padded)["input_ids"].tolist()
+    assert first == second
 
 
 @pytest.mark.parametrize("objective", ["mask", "smask", "gmask"])
@@ -143,19 +174,31 @@ def test_a_text_without_sample_id_has_the_same_blanks_again():
     assert len({str(ids) for ids in with_id}) > 1
 
 
-def test_long_texts_fill_several_rows_and_lose_nothing():
-    for mask_probability in (0.0, 1.0):
-        tokens = list(range(3, 140))
-        batch = collator(mask_probability=mask_probability)([{"input_ids": tokens}])
-        assert batch["input_ids"].shape[1] <= 64
-        labels = batch["shift_labels"]
-        targets = labels[(labels != -100) & (labels != CONFIG.eop_token_id)].tolist()
-        context = []
-        for row in range(len(labels)):
-            for sample in split(batch, row):
-                context += sample["input_ids"][: sample["input_ids"].index(CONFIG.sop_token_id)]
-        plain = [token for token in context if token in tokens]
-        assert sorted(plain + targets) == tokens
+@pytest.mark.parametrize("mask_probability", [0.0, 1.0])
+def test_a_text_too_long_for_a_row_gives_one_of_its_parts(mask_probability, caplog):
+    """So that a batch has as many rows as features; over many keys, every part comes equally often."""
+    tokens = list(range(3, 140))
+    features = [{"input_ids": tokens, "sample_id": n} for n in range(600)]
+    data_collator.logger.warning_once.cache_clear()
+    batch = collator(mask_probability=mask_probability)(features)
+    assert batch["input_ids"].shape[0] == 600
+    assert caplog.text.count("a text is too long for a row, so that one of its parts is drawn") == 1
+    assert batch["input_ids"].shape[1] <= 65
+    parts = Counter()
+    for row, labels in enumerate(batch["shift_labels"]):
+        found = [label for label in labels.tolist() if label not in (-100, CONFIG.eop_token_id)]
+        for sample in split(batch, row):
+            context = sample["input_ids"][: sample["input_ids"].index(CONFIG.sop_token_id)]
+            found += [token for token in context if token in tokens]
+        found.sort()
+        assert found == [*range(found[0], found[-1] + 1)]
+        parts[found[0], found[-1]] += 1
+    edges = sorted(parts)
+    assert (edges[0][0], edges[-1][1]) == (3, 139)
+    assert all(end + 1 == start for (_, end), (start, _) in pairwise(edges))
+    expected = 600 / len(parts)
+    assert len(parts) > 2
+    assert all(abs(count - expected) < 4 * expected**0.5 for count in parts.values())
 
 
 def test_a_blank_that_the_window_cuts_off_has_no_end():
@@ -221,7 +264,7 @@ def test_the_loss_of_a_packed_row_is_the_sum_of_its_samples_alone(objective):
 
 def loss_of(model, batch: dict[str, torch.Tensor]) -> float:
     labels = batch["shift_labels"]
-    inputs = {name: values for name, values in batch.items() if name != "shift_labels"}
+    inputs = {name: values for name, values in batch.items() if "labels" not in name}
     logits = model(**inputs, logits_to_keep=labels != -100).logits
     return cross_entropy(logits, labels[labels != -100], reduction="sum").item()
 
@@ -231,6 +274,7 @@ def test_logits_of_marked_tokens_are_those_of_all():
     model = golden_model("cfg1")
     batch = collator()([text_row("mask", [17, 9], sample_id=n) for n in range(2)])
     labels = batch.pop("shift_labels")
+    del batch["labels"]
     everything = model(**batch).logits[labels != -100]
     torch.testing.assert_close(model(**batch, logits_to_keep=labels != -100).logits, everything, rtol=1e-5, atol=1e-5)
 
@@ -266,16 +310,20 @@ def test_sentences_end_at_full_stops_of_both_languages(tokenizer):
 
 def test_an_instruction_that_just_fits_a_row_is_taken():
     batch = DataCollatorForBlankInfilling(CONFIG, SMALL)([{"inputs": [3] * 54, "targets": [4] * 8}])
-    assert batch["input_ids"].shape == (1, 64)  # 54, [gMASK], sop and 8 targets
+    assert batch["segment_ids"].sum() == 64  # 54, [gMASK], sop and 8 targets
     with pytest.raises(ValueError, match="do not fit a row of 64"):
         DataCollatorForBlankInfilling(CONFIG, SMALL)([{"inputs": [3] * 55, "targets": [4] * 8}])
+    shorter = collator(instruction_length=32)
+    assert shorter([{"inputs": [3] * 22, "targets": [4] * 8}])["segment_ids"].sum() == 32
+    with pytest.raises(ValueError, match="do not fit a row of 32"):
+        shorter([{"inputs": [3] * 23, "targets": [4] * 8}])
 
 
 @pytest.mark.parametrize("mask", [CONFIG.mask_token_id, CONFIG.smask_token_id])
 def test_targets_stand_at_the_first_mask_of_an_instruction(mask):
     batch = collator()([{"inputs": [7, 8, mask, 9], "targets": [10, 11]}])
     after_sop = batch["input_ids"][0].tolist().index(CONFIG.sop_token_id)
-    assert batch["position_ids"][0, after_sop:].tolist() == [2, 2, 2]
+    assert batch["position_ids"][0, after_sop:].tolist() == [2, 2, 2, 0]
 
 
 def test_origins_of_instructions_and_texts_are_returned():
@@ -313,20 +361,14 @@ def test_seeds_give_texts_other_objectives():
 
 
 def test_only_the_last_part_of_a_long_text_has_an_end():
-    labels = collator(mask_probability=0.0)([{"input_ids": [30] * 150}])["shift_labels"]
-    assert (labels == CONFIG.eop_token_id).sum(1).tolist() == [0, 0, 1]
+    features = [{"input_ids": [*range(3, 140)], "sample_id": n} for n in range(60)]
+    labels = collator(mask_probability=0.0)(features)["shift_labels"]
+    has_end = (labels == CONFIG.eop_token_id).any(1)
+    is_last = (labels == 139).any(1)  # the last token is always in the blank
+    assert torch.equal(has_end, is_last)
+    assert 0 < has_end.sum() < 60
 
 
 def test_a_sentence_may_end_inside_quotes():
     vocabulary = {"so": 3, "so.": 4, 'so."': 5, "好。”": 6, '"': 7, "<n>": 8}
     assert sentence_ends(SimpleNamespace(get_vocab=lambda: vocabulary)) == [4, 5, 6, 8]
-
-
-@pytest.mark.parametrize("mask_probability", [0.0, 1.0])
-def test_rows_of_one_long_text_have_draws_of_their_own(mask_probability):
-    tokens = [*range(3, 123)] * 2
-    batches = [collator(mask_probability=mask_probability)([{"input_ids": tokens, "sample_id": n}]) for n in range(4)]
-    for batch in batches:
-        blanks = [(row != -100).nonzero().flatten().tolist() for row in batch["shift_labels"]]
-        assert len(blanks) > 2
-        assert len({str(places) for places in blanks}) == len(blanks)

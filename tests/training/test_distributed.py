@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from forked import run_ranks, start, wait
-from small_runs import Texts, losses, make_trainer
+from small_runs import SomeTwice, Texts, losses, make_trainer
 
 from glm_hf import GLMForBlankInfilling
 from glm_hf.training import DivergenceError, GLMTrainingArguments
@@ -194,15 +194,12 @@ def test_every_process_takes_pieces_of_the_size_per_device(model_folder, tmp_pat
 
 
 def test_ranks_with_different_numbers_of_rows_act_together(model_folder, tmp_path):
-    """One text fills several rows, so that its rank has more of them."""
-
-    class OneLong(Texts):
-        def __getitem__(self, number: int) -> dict:
-            return {"input_ids": [*range(30, 130)]} if number == 11 else super().__getitem__(number)
+    """As a collator of one's own may make them."""
 
     def rank_main(rank: int) -> int:
         settings = SETTINGS | {"max_steps": 3, "divergence_action": "skip"}
-        trainer = make_trainer(model_folder, tmp_path / "run", data=OneLong(), **settings)
+        trainer = make_trainer(model_folder, tmp_path / "run", **settings)
+        trainer.data_collator = SomeTwice(trainer.data_collator, every=11)
         measure = trainer.compute_loss
         trainer.compute_loss = lambda *args, **kwargs: measure(*args, **kwargs) * torch.nan
         trainer.train()

@@ -156,6 +156,18 @@ def test_an_instruction_that_was_tokenized_for_longer_rows_is_an_error():
     assert len(plan_instructions(boundaries, InfillingRecipe(17, 16), rng)) == 2
     with pytest.raises(ValueError, match="an instruction takes 17 tokens, but row_length is 16; tokenize"):
         plan_instructions(boundaries, InfillingRecipe(16, 16), rng)
+    with pytest.raises(ValueError, match="an instruction takes 17 tokens, but instruction_length is 16; tokenize"):
+        plan_instructions(boundaries, InfillingRecipe(64, 16, instruction_length=16), rng)
+
+
+def test_short_instructions_share_a_row_as_if_their_length_were_not_limited():
+    tokens, boundaries = instructions(100, 16)
+    rows = [
+        rows_of(plan_instructions(boundaries, recipe, np.random.default_rng(0)), tokens)
+        for recipe in (InfillingRecipe(64, 16), InfillingRecipe(64, 16, instruction_length=16))
+    ]
+    assert [row.tokens.tolist() for row in rows[0]] == [row.tokens.tolist() for row in rows[1]]
+    assert max(len(row.lengths) for row in rows[1]) >= 4
 
 
 def test_rows_of_instructions_are_packed_as_full_as_their_order_allows():

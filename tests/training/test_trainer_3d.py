@@ -19,7 +19,7 @@ from pipeline_runs import (
     weights_of,
     without_times,
 )
-from small_runs import Texts, make_trainer
+from small_runs import SomeTwice, Texts, make_trainer
 
 from glm_hf import GLMConfig
 from glm_hf.conversion import export_3d_checkpoint
@@ -216,23 +216,56 @@ def test_the_batch_grows_as_it_does_in_one_process(deep_folder, tmp_path):
     compare(steps(history), expected, EXACT)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"label_smoothing_factor": 0.2},
+        {"loss_normalization": "micro_batch"},
+        {"lr_scheduler_type": "linear", "warmup_steps": 1, "warmup_share": 0.005},
+        {"optim": "sgd", "learning_rate": 0.5},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_arguments_have_the_effect_of_one_process(deep_folder, tmp_path, options):
+    degrees = {"tensor": 2, "pipeline": 1, "data": 2}
+    options = options | {"max_steps": 3}
+
+    def train(trainer):
+        trainer.train()
+        return [without_times(entry) for entry in logs_of(trainer)], trainer.evaluate()["eval_loss"]
+
+    def whole():
+        settings = SETTINGS | options
+        trainer = make_trainer(deep_folder, tmp_path / "alone", eval_dataset=Texts(EVALUATED), **settings)
+        return train(trainer)
+
+    history, eval_loss = same_on_all(
+        lambda rank: train(make_3d_trainer(deep_folder, tmp_path / "run", degrees, **options)), degrees, tmp_path
+    )
+    expected, expected_eval_loss = wait(start(whole, tmp_path / "result"), tmp_path / "result")
+    compare(history, expected, EXACT)
+    assert eval_loss == pytest.approx(expected_eval_loss, abs=EXACT)
+
+
 def test_rows_that_are_not_shared_equally_are_filled_up(deep_folder, tmp_path):
-    """Texts of several rows give one copy of the model more rows than the other, and pieces of unequal size."""
-
-    class SomeLong(Texts):
-        def __getitem__(self, number: int) -> dict:
-            return {"input_ids": [*range(30, 130)]} if number % 5 == 0 else super().__getitem__(number)
-
+    """A collator of one's own may give a copy of the model more rows than the other, and pieces of unequal size."""
     options = {"max_steps": 3, "global_batch_size": 12}
     degrees = {"tensor": 1, "pipeline": 2, "data": 2}
-    history = train_3d(deep_folder, tmp_path / "run", degrees, data=SomeLong(), **options)
 
-    def train():
-        trainer = make_trainer(deep_folder, tmp_path / "alone", data=SomeLong(), **(SETTINGS | options))
+    def train(trainer):
+        trainer.data_collator = SomeTwice(trainer.data_collator, every=5)
         trainer.train()
         return [without_times(entry) for entry in logs_of(trainer)]
 
-    compare(steps(history), wait(start(train, tmp_path / "result"), tmp_path / "result"), EXACT)
+    def whole():
+        return train(make_trainer(deep_folder, tmp_path / "alone", **(SETTINGS | options)))
+
+    history = same_on_all(
+        lambda rank: train(make_3d_trainer(deep_folder, tmp_path / "run", degrees, **options)),
+        degrees,
+        tmp_path / "run",
+    )
+    compare(history, wait(start(whole, tmp_path / "result"), tmp_path / "result"), EXACT)
 
 
 def test_all_ranks_log_the_same(deep_folder, tmp_path):
