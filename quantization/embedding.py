@@ -6,9 +6,10 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from glm_hf.quantization.functional import EMBEDDING_BITS
+from glm_hf.quantization.stored_parameter import StoredWeight
 
 
-class QuantizedEmbedding(nn.Embedding):
+class QuantizedEmbedding(StoredWeight, nn.Embedding):
     """
     Embedding that dequantizes the rows it looks up, and only these; no gradients flow to the weight.
 
@@ -45,7 +46,9 @@ class QuantizedEmbedding(nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the rows `(..., D)` of the tokens `input` `(...)`; on a rank with other rows than theirs, zeros."""
-        weight, weight_scale = self.weight, self.weight_scale
+        weight, weight_scale = self._parameters["weight"], self._parameters["weight_scale"]
+        assert weight is not None
+        assert weight_scale is not None
         if not isinstance(weight, DTensor):
             return self._rows(input, weight, weight_scale)
         assert isinstance(weight_scale, DTensor)

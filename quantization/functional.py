@@ -88,16 +88,16 @@ def dequantize_weight(weight: Tensor, weight_scale: Tensor, bits: int) -> Tensor
 
     Args:
         weight: Codes in the stored layout.
-        weight_scale: `(N, G)` fp16.
+        weight_scale: `(N, G)`, floating point.
         bits: 8 or 4.
 
     Raises:
         ValueError: If shapes or dtypes do not fit together.
     """
     require_stored(weight, weight_scale, bits)
-    codes = unpack_int4(weight) if bits == 4 else weight  # (N, K)
+    codes = unpack_int4(weight) if bits == 4 else weight.as_subclass(Tensor)  # (N, K)
     groups = codes.half().unflatten(-1, (weight_scale.shape[-1], -1))  # (N, G, K/G)
-    return (groups * weight_scale[..., None]).flatten(-2)
+    return (groups * weight_scale[..., None]).flatten(-2).half()
 
 
 def quantized_linear_reference(
@@ -108,7 +108,7 @@ def quantized_linear_reference(
 
     Arguments and errors are those of `quantized_linear` in ops.py, which kernels compute faster.
     """
-    require_layout(x, weight, weight_scale, bits)
+    require_layout(x, weight, weight_scale, bits, bias)
     out = torch.empty(*x.shape[:-1], len(weight), dtype=x.dtype, device=x.device)
     for start, rows in dequantize_rows(weight, weight_scale, bits):
         out[..., start : start + len(rows)] = nn.functional.linear(
@@ -119,6 +119,7 @@ def quantized_linear_reference(
 
 def dequantize_rows(weight: Tensor, weight_scale: Tensor, bits: int) -> Iterator[tuple[int, Tensor]]:
     """Yield (index of the first row, some rows of the fp32 matrix), so that it is never there as a whole."""
+    weight = weight.as_subclass(Tensor)
     for start in range(0, len(weight), ROWS_AT_ONCE):
         part = weight[start : start + ROWS_AT_ONCE]
         codes = unpack_int4(part) if bits == 4 else part  # (rows, K)
@@ -134,16 +135,35 @@ def pack_int4(codes: Tensor) -> Tensor:
 
 def unpack_int4(packed: Tensor) -> Tensor:
     """Return the int8 codes `(..., K)` that `pack_int4` has packed into uint8 `(..., K/2)`."""
+    packed = packed.as_subclass(Tensor)
     even, odd = packed.view(torch.int8) >> 4, (packed << 4).view(torch.int8) >> 4
     return torch.stack((even, odd), dim=-1).flatten(-2)
 
 
-def require_layout(x: Tensor, weight: Tensor, weight_scale: Tensor, bits: int) -> None:
+def fp16_scale(weight_scale: Tensor) -> Tensor:
+    """
+    Return scales in fp16, as kernels read them.
+
+    Raises:
+        ValueError: If fp16 cannot hold one of them exactly.
+    """
+    rounded = weight_scale.half()
+    if weight_scale.dtype != torch.float16 and not torch.equal(rounded.to(weight_scale.dtype), weight_scale):
+        raise ValueError(f"weight_scale must be exact in fp16, got {weight_scale.dtype} values that fp16 would round")
+    return rounded
+
+
+def require_layout(x: Tensor, weight: Tensor, weight_scale: Tensor, bits: int, bias: Tensor | None = None) -> None:
     """Raise ValueError unless the tensors are a quantized matrix in the stored layout and what it is applied to."""
     require_stored(weight, weight_scale, bits)
     num_columns = weight.shape[1] * 8 // bits
     if not x.is_floating_point() or x.shape[-1:] != (num_columns,):
         raise ValueError(f"x must be floating point (..., {num_columns}), got {tuple(x.shape)} {x.dtype}")
+    if bias is not None and (not bias.is_floating_point() or bias.shape != (len(weight),)):
+        raise ValueError(f"bias must be floating point ({len(weight)},), got {tuple(bias.shape)} {bias.dtype}")
+    devices = {tensor.device.type for tensor in (x, weight, weight_scale, bias) if tensor is not None}
+    if len(devices) > 1:
+        raise ValueError(f"all tensors must be on one device, got {', '.join(sorted(devices))}")
 
 
 def require_stored(weight: Tensor, weight_scale: Tensor, bits: int) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from glm_hf.quantization.functional import dequantize_rows, quantized_linear_reference, unpack_int4
+from glm_hf.quantization.functional import dequantize_rows, quantized_linear_reference, require_stored, unpack_int4
 
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 MANY_TOKENS = 32  # from here on, bf16 matrix products of the vendor's library pay for decoding the weight
@@ -61,6 +61,7 @@ class KernelLibrary:
         level: int | None = None,
     ) -> Tensor:
         """Return `(M, N)` in the dtype of `x` `(M, K)`; all contiguous, and groups a multiple of 64 features."""
+        require_fp16_scale(weight, weight_scale, bits)
         (num_tokens, num_columns), num_rows = x.shape, len(weight)
         out = x.new_empty(num_tokens, num_rows)
         is_done = self._linear(
@@ -77,6 +78,7 @@ class KernelLibrary:
         self, weight: Tensor, weight_scale: Tensor, bits: int, level: int | None = None, out: Tensor | None = None
     ) -> Tensor:
         """Return the bf16 matrix `(N, K)` of codes times scales; all contiguous, as is `out` if it is given."""
+        require_fp16_scale(weight, weight_scale, bits)
         num_rows, num_columns = len(weight), weight.shape[1] * 8 // bits
         if out is None:
             out = torch.empty(num_rows, num_columns, dtype=torch.bfloat16)
@@ -85,6 +87,13 @@ class KernelLibrary:
             *(weight_scale.shape[1], bits, self.level if level is None else level, self._parallel_for),
         )
         return out
+
+
+def require_fp16_scale(weight: Tensor, weight_scale: Tensor, bits: int) -> None:
+    """Raise ValueError unless the bytes are those that the C kernels take them for."""
+    require_stored(weight, weight_scale, bits)
+    if weight_scale.dtype != torch.float16:
+        raise ValueError(f"weight_scale must be torch.float16, got {weight_scale.dtype}")
 
 
 @functools.cache

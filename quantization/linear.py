@@ -4,9 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from glm_hf.quantization.ops import quantized_linear
+from glm_hf.quantization.stored_parameter import StoredWeight
 
 
-class QuantizedLinear(nn.Linear):
+class QuantizedLinear(StoredWeight, nn.Linear):
     """
     Linear layer on a quantized weight; gradients flow to the input and the bias, not to the weight.
 
@@ -72,7 +73,7 @@ class QuantizedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x @ weight.T + bias` for `x` `(..., K)`, in its dtype."""
-        return quantized_linear(x, self.weight, self.weight_scale, self.bits, self.bias)
+        return quantized_linear(x, self._parameters["weight"], self.weight_scale, self.bits, self.bias)
 
     def extra_repr(self) -> str:
         """Describe the layer in one line."""

@@ -12,8 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glm_hf.quantization.functional import dequantize_rows, quantized_linear_reference, require_layout
+from glm_hf.quantization.functional import (
+    dequantize_rows,
+    fp16_scale,
+    quantized_linear_reference,
+    require_layout,
+)
 from glm_hf.quantization.kernels_cpu import decoded_rows, quantized_linear_cpu
+from glm_hf.quantization.stored_parameter import plain
 
 logger = logging.getLogger(__name__)
 
@@ -28,29 +34,32 @@ def quantized_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bits: int,
     Args:
         x: `(..., K)`, floating point.
         weight: Codes in the stored layout.
-        weight_scale: `(N, G)` fp16.
+        weight_scale: `(N, G)`, floating point; of values that fp16 holds.
         bits: 8 or 4.
-        bias: `(N)`.
+        bias: `(N)`, floating point.
 
     Returns:
         `(..., N)` in the dtype of `x`.
 
     Raises:
-        ValueError: If shapes or dtypes do not fit together.
+        ValueError: If shapes, dtypes or devices do not fit together, or fp16 would round a scale.
     """
-    require_layout(x, weight, weight_scale, bits)
-    return _quantized_linear(x, weight, weight_scale, bits, bias)
+    require_layout(x, weight, weight_scale, bits, bias)
+    return _quantized_linear(x, plain(weight), weight_scale, bits, bias)
 
 
 @torch.library.custom_op("glm_hf::quantized_linear", mutates_args=())
 def _quantized_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bits: int, bias: Tensor | None) -> Tensor:
+    arguments = x, weight, fp16_scale(weight_scale), bits, bias
     if x.device.type == "cpu":
-        return quantized_linear_cpu(x, weight, weight_scale, bits, bias)
-    if x.is_cuda and x.dtype != torch.float64 and has_triton():
+        out = quantized_linear_cpu(*arguments)
+    elif x.is_cuda and x.dtype != torch.float64 and has_triton():
         from glm_hf.quantization.kernels_triton import quantized_linear_triton
 
-        return quantized_linear_triton(x, weight, weight_scale, bits, bias)
-    return quantized_linear_reference(x, weight, weight_scale, bits, bias)
+        out = quantized_linear_triton(*arguments)
+    else:
+        out = quantized_linear_reference(*arguments)
+    return torch.ops.aten._unsafe_view(out, out.shape)  # autograd lets adapters add to it in place, not to a view
 
 
 @functools.cache
@@ -71,7 +80,7 @@ def _(x: Tensor, weight: Tensor, weight_scale: Tensor, bits: int, bias: Tensor |
 def _input_gradient(grad: Tensor, weight: Tensor, weight_scale: Tensor, bits: int) -> Tensor:
     """Return the gradient `(..., K)` with respect to the input, given that of the output `(..., N)`."""
     total = grad.new_zeros(*grad.shape[:-1], weight.shape[1] * 8 // bits, dtype=torch.float32)
-    for start, rows in _rows(grad, weight, weight_scale, bits):
+    for start, rows in _rows(grad, weight, fp16_scale(weight_scale), bits):
         total += grad[..., start : start + len(rows)].to(rows.dtype) @ rows
     return total.to(grad.dtype)
 

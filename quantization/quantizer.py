@@ -4,6 +4,8 @@ import re
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -12,11 +14,14 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 
-from glm_hf.quantization.codes import Codes
 from glm_hf.quantization.configuration import QUANT_METHOD, GLMQuantizationConfig
 from glm_hf.quantization.embedding import QuantizedEmbedding
 from glm_hf.quantization.functional import EMBEDDING_BITS, absmax_of_groups, dequantize_rows, quantize_by_absmax
 from glm_hf.quantization.linear import QuantizedLinear
+from glm_hf.quantization.stored_parameter import StoredParameter
+
+CASTS_BEFORE_CONVERTING = Version(transformers.__version__) < Version("5.23")
+"""Whether the installed transformers casts weights to the dtype of the codes before they are quantized."""
 
 ROW_PARALLEL = ("attention.dense", "mlp.dense_4h_to_h")
 QUANTIZED = (QuantizedLinear, QuantizedEmbedding)
@@ -49,6 +54,8 @@ class GLMQuantizer(HfQuantizer):
                 model.set_submodule(name, self._quantized(name, linear))
         if config.quantize_embeddings:
             quantize_embeddings(model)
+        if CASTS_BEFORE_CONVERTING and not self.pre_quantized:
+            keep_floating_point(model)
         tp_size = getattr(getattr(model.config, "distributed_config", None), "tp_size", 1)
         for name, module in model.named_modules():
             if isinstance(module, QuantizedLinear) and name.endswith(ROW_PARALLEL):
@@ -76,12 +83,12 @@ class GLMQuantizer(HfQuantizer):
             raise ValueError(f"{name}: {error}") from error
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        codes: dict[nn.Parameter, Codes] = {}  # what is tied stays tied
+        known: dict[nn.Parameter, StoredParameter] = {}  # what is tied stays tied
         for module in model.modules():
             if isinstance(module, QUANTIZED):
-                module.weight_scale.requires_grad_(False)  # loading turns it on for whatever is floating point
-                if not isinstance(module.weight, DTensor):
-                    module.weight = codes.setdefault(module.weight, Codes(module.weight))
+                module.protect(known)
+        # By this mark, of whichever method, PEFT's helper for k-bit training knows that layers are to be checkpointed.
+        model.hqq_quantized = True
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """
@@ -96,12 +103,14 @@ class GLMQuantizer(HfQuantizer):
                 raise ValueError(
                     f"{name} is spread over devices, ranks or the disk; load the model on one device first"
                 )
-        dense: dict[nn.Parameter, nn.Parameter] = {}  # what was tied stays tied
+        dense: dict[Any, nn.Parameter] = {}  # what was tied stays tied
         for name, module in modules.items():
-            if module.weight not in dense:
-                dense[module.weight] = dequantized_parameter(module, dtype or module.weight_scale.dtype)
-            model.set_submodule(name, dense_layer(module, dense[module.weight]))
+            codes = module._parameters["weight"]
+            if codes not in dense:
+                dense[codes] = dequantized_parameter(module, dtype or module.weight_scale.dtype)
+            model.set_submodule(name, dense_layer(module, dense[codes]))
         untie_scales(model)
+        model.hqq_quantized = False
         return model
 
     def get_quantize_ops(self) -> ConversionOps:
@@ -170,6 +179,18 @@ def require_divisible(name: str, module: QuantizedLinear, tp_size: int) -> None:
     if num_bytes % tp_size or (num_groups > 1 and num_groups % tp_size):
         what = f"{num_groups} groups" if num_groups > 1 else f"{num_bytes} bytes"
         raise ValueError(f"tp_size must divide the {what} of a row of {name}, got {tp_size}")
+
+
+def keep_floating_point(model: PreTrainedModel) -> None:
+    """Make codes on meta floating point, since weights are cast to their dtype before they are converted."""
+    for module in model.modules():
+        if isinstance(module, QUANTIZED):
+            codes = module._parameters["weight"]
+            assert codes is not None, "a quantized layer has codes"
+            placeholder = torch.empty(codes.shape, dtype=torch.float16, device="meta")
+            tied = getattr(codes, "placeholder", None)
+            codes.placeholder = nn.Parameter(placeholder, requires_grad=False) if tied is None else tied
+            module._parameters["weight"] = codes.placeholder
 
 
 def quantize_embeddings(model: PreTrainedModel) -> None:

@@ -48,7 +48,7 @@ def logits_of(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 
 def exact_weight(module: QuantizedLinear | QuantizedEmbedding) -> torch.Tensor:
-    codes = unpack_int4(module.weight) if module.bits == 4 else module.weight
+    codes = unpack_int4(module.weight) if module.bits == 4 else module.weight.as_subclass(torch.Tensor)
     scale = module.weight_scale.float()
     return codes.float() * scale.repeat_interleave(codes.shape[1] // scale.shape[1], dim=1)
 
