@@ -40,7 +40,8 @@ class QuantizedEmbedding(StoredWeight, nn.Embedding):
     ) -> None:
         codes = torch.empty(num_embeddings, embedding_dim, dtype=torch.int8, device=device)
         super().__init__(num_embeddings, embedding_dim, _weight=codes, _freeze=True)
-        scale = torch.empty(num_embeddings, 1, dtype=torch.float16, device=device)
+        self.scale_shape = num_embeddings, 1
+        scale = torch.empty(self.scale_shape, dtype=torch.float16, device=device)
         self.weight_scale = nn.Parameter(scale, requires_grad=False)
         self.register_buffer("like", torch.empty(0, dtype=dtype, device=device), persistent=False)
 

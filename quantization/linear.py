@@ -46,6 +46,7 @@ class QuantizedLinear(StoredWeight, nn.Linear):
                 f"{num_groups} groups must divide the {in_features} input features{' evenly' * (bits == 4)}"
             )
         self.in_features, self.out_features, self.bits = in_features, out_features, bits
+        self.scale_shape = out_features, num_groups
         codes = torch.empty(
             out_features, in_features * bits // 8, dtype=torch.uint8 if bits == 4 else torch.int8, device=device
         )

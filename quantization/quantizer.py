@@ -57,6 +57,10 @@ class GLMQuantizer(HfQuantizer):
         if CASTS_BEFORE_CONVERTING and not self.pre_quantized:
             keep_floating_point(model)
         tp_size = getattr(getattr(model.config, "distributed_config", None), "tp_size", 1)
+        if tp_size > 1 and CASTS_BEFORE_CONVERTING:
+            raise ValueError(
+                f"ranks share quantized weights from transformers 5.23 on, got {transformers.__version__}; upgrade it"
+            )
         for name, module in model.named_modules():
             if isinstance(module, QuantizedLinear) and name.endswith(ROW_PARALLEL):
                 require_divisible(name, module, tp_size)
@@ -84,8 +88,11 @@ class GLMQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         known: dict[nn.Parameter, StoredParameter] = {}  # what is tied stays tied
-        for module in model.modules():
+        for name, module in model.named_modules():
             if isinstance(module, QUANTIZED):
+                if module.weight_scale.shape != module.scale_shape:
+                    shapes = f"{module.scale_shape}, got {tuple(module.weight_scale.shape)}"
+                    raise ValueError(f"{name}.weight_scale must be {shapes}; make the folder again")
                 module.protect(known)
         # By this mark, of whichever method, PEFT's helper for k-bit training knows that layers are to be checkpointed.
         model.hqq_quantized = True
@@ -187,7 +194,7 @@ def keep_floating_point(model: PreTrainedModel) -> None:
         if isinstance(module, QUANTIZED):
             codes = module._parameters["weight"]
             assert codes is not None, "a quantized layer has codes"
-            placeholder = torch.empty(codes.shape, dtype=torch.float16, device="meta")
+            placeholder = torch.empty(codes.shape, dtype=model.dtype, device="meta")
             tied = getattr(codes, "placeholder", None)
             codes.placeholder = nn.Parameter(placeholder, requires_grad=False) if tied is None else tied
             module._parameters["weight"] = codes.placeholder

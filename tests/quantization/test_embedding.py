@@ -14,6 +14,7 @@ from transformers.integrations.accelerate import compute_module_sizes
 from glm_hf import GLMConfig, GLMForBlankInfilling, GLMQuantizationConfig
 from glm_hf.quantization import QuantizedLinear, quantize_weight
 from glm_hf.quantization.embedding import QuantizedEmbedding
+from glm_hf.quantization.quantizer import CASTS_BEFORE_CONVERTING
 
 EMBEDDINGS = GLMQuantizationConfig(bits=4, quantize_embeddings=True)
 NAMES = ("model.embed_tokens", "lm_head")
@@ -144,6 +145,7 @@ def test_output_matrix_of_its_own_is_quantized_by_itself(untied, tmp_path):
     assert torch.equal(logits_of(again, ids), logits)
 
 
+@pytest.mark.skipif(CASTS_BEFORE_CONVERTING, reason="older transformers load AutoModel in another dtype")
 @pytest.mark.parametrize("auto", [AutoModel, AutoModelForMaskedLM])
 def test_other_heads_load_it_as_well(auto, plain, quantized):
     ids = torch.tensor([[20, 21, golden_config("cfg2").mask_token_id, 22]])
@@ -171,6 +173,7 @@ def test_disk_and_cpu_may_share_a_quantized_model(embeddings_on, quantized, tmp_
     assert torch.equal(logits_of(model, ids), logits_of(load(quantized, None), ids))
 
 
+@pytest.mark.skipif(CASTS_BEFORE_CONVERTING, reason="older transformers cast weights to the dtype of the codes first")
 @pytest.mark.parametrize("bits", [4, 8])
 def test_sizes_for_a_device_map_are_those_of_the_stored_tensors(bits, plain):
     config = GLMQuantizationConfig(bits=bits, quantize_embeddings=True)

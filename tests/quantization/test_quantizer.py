@@ -206,7 +206,8 @@ def test_scale_of_another_shape_is_no_scale(shape, tmp_path):
     with pytest.raises((ValueError, RuntimeError)) as caught:
         AutoModelForCausalLM.from_pretrained(folder)
     message = f"{caught.value} {caught.value.__context__}"
-    assert "layers.1.attention.dense.weight_scale of a quantized model was not loaded; make the folder" in message
+    assert "layers.1.attention.dense.weight_scale" in message
+    assert "make the folder again" in message
 
 
 def test_odd_input_features_need_8_bits(tmp_path):

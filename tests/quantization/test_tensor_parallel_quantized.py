@@ -14,6 +14,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from glm_hf import GLMForBlankInfilling, GLMQuantizationConfig
 from glm_hf.conversion import convert_sat_checkpoint, quantize_checkpoint
+from glm_hf.quantization.quantizer import CASTS_BEFORE_CONVERTING
+
+pytestmark = pytest.mark.skipif(
+    CASTS_BEFORE_CONVERTING, reason="ranks share quantized weights from transformers 5.23 on"
+)
 
 # how a model comes to be quantized: folder, and settings for quantizing while loading
 WAYS: dict[str, tuple[str, dict[str, Any] | None]] = {
