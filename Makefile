@@ -41,7 +41,7 @@ $(OLDEST)/.installed: setup.cfg setup.py pyproject.toml constraints-oldest.txt $
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check \
 	    $(shell grep '^torch==' constraints-oldest.txt)
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt \
-	    -e ".[peft]" datasets pytest setuptools
+	    -e ".[peft]" datasets pytest
 	touch $@
 
 quality: $(INSTALLED)
