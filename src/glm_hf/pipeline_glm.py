@@ -209,14 +209,17 @@ class GLMTextGenerationPipeline(TextGenerationPipeline):
             return records
         prompt, length = model_outputs["prompt_text"], model_outputs["input_ids"].shape[-1]
         for record, ids in zip(records, model_outputs["generated_sequence"][0].tolist(), strict=True):
-            text, answer = record["generated_text"], continuation(self.tokenizer, ids[:length], ids[length:])
-            if not isinstance(prompt, str) and return_type == ReturnType.FULL_TEXT:
-                is_new = len(text) > len(prompt.messages)  # or the last turn was continued
-                before, start = ("", []) if is_new else (prompt.messages[-1]["content"], ids[:length])
-                text[-1] = text[-1] | {"content": before + continuation(self.tokenizer, start, ids[length:])}
+            if isinstance(prompt, str):
+                answer = continuation(self.tokenizer, ids[:length], ids[length:])
+                record["generated_text"] = prompt + answer if return_type == ReturnType.FULL_TEXT else answer
+                continue
+            is_new = not kwargs.get("continue_final_message", prompt.messages[-1]["role"] == "assistant")
+            answer = continuation(self.tokenizer, [] if is_new else ids[:length], ids[length:])
+            if return_type == ReturnType.FULL_TEXT:
+                before = "" if is_new else prompt.messages[-1]["content"]
+                record["generated_text"][-1] |= {"content": before + answer}
             else:
-                is_full = isinstance(prompt, str) and return_type == ReturnType.FULL_TEXT
-                record["generated_text"] = prompt + answer if is_full else answer
+                record["generated_text"] = answer
         return records
 
 

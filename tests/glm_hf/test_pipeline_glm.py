@@ -1,6 +1,7 @@
 import copy
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -273,3 +274,33 @@ def test_continuation_keeps_the_blank_between_words_and_drops_special_tokens(fil
     prompt, answer = (tokenizer(text)["input_ids"] for text in ("the work", "people"))
     special = [tokenizer.gmask_token_id, tokenizer.sop_token_id]
     assert continuation(tokenizer, [*prompt, *special], [*answer, tokenizer.eop_token_id]) == " people"
+
+
+@pytest.mark.parametrize("task", ["fill-mask", "text-generation"])
+def test_no_texts_give_no_results(model_folder, task):
+    assert pipeline(task, model=str(model_folder))([]) == []
+
+
+MODEL = Path(__file__).parents[2] / "examples" / "world_facts" / "model"
+QUESTION = {"role": "user", "content": "The capital of France is [MASK]."}
+
+
+@pytest.fixture(scope="module")
+def chatting():
+    return pipeline("text-generation", model=str(MODEL), dtype=torch.float32, do_sample=False, max_new_tokens=8)
+
+
+def test_chats_are_answered_as_their_question_is_filled(chatting):
+    filled = pipeline("fill-mask", model=str(MODEL), dtype=torch.float32)(QUESTION["content"], top_k=1)
+    answer = {"role": "assistant", "content": filled[0]["token_str"]}
+    assert chatting([QUESTION]) == [{"generated_text": [QUESTION, answer]}]
+    assert chatting([[QUESTION], [QUESTION]], batch_size=2) == [[{"generated_text": [QUESTION, answer]}]] * 2
+    assert chatting([QUESTION], return_full_text=False) == [{"generated_text": answer["content"]}]
+
+
+def test_answers_that_are_begun_are_continued(chatting):
+    turns = [{"role": "user", "content": "The opposite of hot is"}, {"role": "assistant", "content": "cold"}]
+    (result,) = chatting(turns)
+    assert result["generated_text"][0] == turns[0]
+    assert result["generated_text"][1]["content"].startswith("cold")
+    assert len(result["generated_text"]) == 2
