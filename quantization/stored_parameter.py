@@ -114,7 +114,7 @@ def refusal(sentence: str) -> str:
             kind = "DoRA" if name.endswith(".dora") else name.split(".")[2].upper()
             return f"{kind} with these settings computes with the weight of a layer, which is quantized; {WAY_OUT}"
         if name.startswith("trl."):
-            return f"TRL computes with the weight of the LM head, which is quantized; {WAY_OUT}"
+            return "TRL computes with the weight of the LM head, which is quantized; leave quantize_embeddings out"
         frame = frame.f_back
     return sentence
 

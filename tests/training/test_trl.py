@@ -6,10 +6,11 @@ import torch
 pytest.importorskip("trl", reason="TRL is an extra of its own")
 
 from datasets import Dataset, disable_progress_bars
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
+from glm_hf import GLMQuantizationConfig
 from glm_hf.infilling_glm import prepare_context
 from glm_hf.training import to_conversation
 
@@ -154,3 +155,21 @@ def test_grpo_generates_and_scores_in_the_layout(model, tokenizer, tmp_path):
         assert ids == [*tokenizer(answer)["input_ids"], tokenizer.eop_token_id]
     row = next(i for i, (text, answer, _) in enumerate(seen) if (text, answer) == next(iter(FACTS.items())))
     torch.testing.assert_close(scored[0][row, :2].detach(), reference, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("quantize_embeddings", [False, True])
+def test_quantized_models_are_trained_unless_their_head_is_quantized(
+    quantize_embeddings, tokenizer, model, tmp_path, pytestconfig
+):
+    config = GLMQuantizationConfig(bits=8, quantize_embeddings=quantize_embeddings)
+    quantized = AutoModelForCausalLM.from_pretrained(
+        pytestconfig.rootpath / DEMO, dtype=torch.float32, quantization_config=config
+    )
+    adapted = get_peft_model(quantized, LoraConfig(target_modules=["dense"], task_type="CAUSAL_LM"))
+    dataset = conversations([{"prompt": text, "completion": answer} for text, answer in FACTS.items()])
+    if quantize_embeddings:
+        with pytest.raises(ValueError, match="TRL computes with the weight of the LM head"):
+            sft_loss(adapted, tokenizer, tmp_path, dataset)
+    else:
+        expected = -torch.cat([log_probs(quantized, tokenizer, *fact) for fact in FACTS.items()]).mean()
+        assert sft_loss(adapted, tokenizer, tmp_path, dataset) == pytest.approx(expected.item(), abs=1e-3)
