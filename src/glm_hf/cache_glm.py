@@ -3,7 +3,7 @@
 Behind a `[MASK]` every token of a blank has the position of the mask, which the new tokens alone do not tell. So a
 forward pass over whole samples notes on the cache where each row's blank stands. Rows may be repeated, chosen or
 reordered afterwards, as beam and contrastive search do: where blanks differ, a row is recognized by the first layer's
-keys of `sop` and the token before it, which depend on nothing but these tokens and their positions.
+keys of `sop` and the last token of its context, which depend on nothing but these tokens and their positions.
 
 Shapes: `B` rows, `R` rows when the cache was filled, `L` tokens, `H` heads, `k` features of a key.
 """
@@ -66,12 +66,14 @@ def remember_layout(
     at_sop = position_ids.gather(1, column[:, None]).squeeze(1)
     context_end = position_ids.masked_fill(~in_context, -1).amax(1)
     frozen = torch.where(has_sop & (at_sop <= context_end), at_sop, -1)
-    column = column + getattr(cache, "prefix_length", 0)
-    columns = torch.stack((column - 1, column), dim=1).clamp(min=0)
+    index = torch.arange(input_ids.shape[1], device=input_ids.device)
+    context_column = torch.where(in_context, index, -1).amax(1)  # (B,) of the last token of the context
+    context_column = torch.where(context_column < 0, column, context_column)
+    columns = torch.stack((context_column, column), dim=1) + getattr(cache, "prefix_length", 0)
     keys, last_sop = None, 0
     if not (is_tracing(input_ids) or input_ids.is_meta):
         lowest, highest, last, all_have = torch.stack(
-            (frozen.amin(), frozen.amax(), column.amax(), has_sop.all().long())
+            (frozen.amin(), frozen.amax(), columns.amax(), has_sop.all().long())
         ).tolist()
         last_sop = last if all_have else -1
         if lowest == highest:
@@ -107,6 +109,12 @@ def recall_frozen(cache: Cache, input_ids: torch.Tensor | None, batch_size: int,
     if layout.keys is None:
         return layout.frozen
     return layout.frozen[rows_in_cache(cache, layout)]
+
+
+def can_recall(cache: Cache) -> bool:
+    """Tell whether a cache knows where the blank of each row stands, in whatever order its rows are."""
+    layout = getattr(cache, "glm_layout", None)
+    return layout is not None and (len(layout.frozen) == 1 or layout.keys is not None)
 
 
 def knows_positions(cache: Cache | None) -> bool:

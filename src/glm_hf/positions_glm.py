@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache
 from transformers.utils import logging
 from transformers.utils.import_utils import is_tracing
 
-from .cache_glm import recall_frozen
+from .cache_glm import can_recall, recall_frozen
 from .configuration_glm import GLMConfig
 from .infilling_glm import infilling_layout, mask_token_ids
 
@@ -51,7 +51,7 @@ def step_positions(
                 "tokens of a context came with a filled cache, whose tokens would not see them; pass position_ids "
                 "and a 4D attention_mask to say what they see"
             )
-    elif getattr(past_key_values, "glm_layout", None) is None or is_tracing(position_ids):
+    elif not can_recall(past_key_values) or is_tracing(position_ids):
         return position_ids
     frozen = recall_frozen(past_key_values, input_ids, batch, config)[:, None].to(counted.device)
     own = torch.where(frozen >= 0, frozen, counted)

@@ -67,8 +67,15 @@ def test_what_was_added_stands_behind_the_prompt(text):
     assert MODEL.generate(torch.tensor([context]), max_new_tokens=NEW)[0].tolist() == sequence
 
 
-def test_rows_with_and_without_sop_are_each_as_if_alone():
-    rows = [[21, 3, 33], [83, 23, MASK, 53, 71, EOS, SOP], [GMASK, SOP, 41, 42], [98, MASK, 141]]
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [[21, 3, 33], [83, 23, MASK, 53, 71, EOS, SOP], [GMASK, SOP, 41, 42], [98, MASK, 141]],
+        [[21, 3, 33], [31, 32, 33, MASK], [41, 42, GMASK], [31, 32, 33, SMASK]],  # the sop of the last three at 3
+    ],
+    ids=["with sop", "of one position"],
+)
+def test_rows_are_each_as_if_alone(rows):
     ids = padded(rows)
     sequences = MODEL.generate(ids, max_new_tokens=NEW)
     assert (sequences[:, : ids.shape[1]] == ids).all()
