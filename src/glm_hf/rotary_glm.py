@@ -7,6 +7,8 @@ kept as the bits of integers, which no cast of the model touches.
 Shapes: `B` batch, `L` length, `K` head dim.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -31,6 +33,14 @@ class GLMRotaryEmbedding(nn.Module):
     def compute_frequency_bits(self) -> torch.Tensor:
         """Return the `(K/2,)` fp32 inverse frequencies, read as int32, on the CPU."""
         return inverse_frequencies(self.config)[0].view(torch.int32)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "GLMRotaryEmbedding":
+        """Apply `fn` to the buffer, but keep its bits where all dtypes are cast, as by `model.type(torch.float32)`."""
+        super()._apply(fn, recurse)
+        if self.frequency_bits.dtype != torch.int32:
+            bits = self.compute_frequency_bits().to(self.frequency_bits.device)
+            self.frequency_bits = nn.Buffer(bits, persistent=False)
+        return self
 
     @torch.no_grad()
     def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

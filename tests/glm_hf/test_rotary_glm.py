@@ -48,9 +48,10 @@ def test_angles_survive_every_way_to_make_and_cast_a_model(tmp_path):
     expected = MODEL(ids, position_ids=positions).logits
     cast = copy.deepcopy(MODEL).bfloat16().half().float()
     cast.load_state_dict(MODEL.state_dict())
+    of_type = copy.deepcopy(MODEL).type(torch.float32)  # which casts integers, too
     MODEL.save_pretrained(tmp_path)
     loaded = type(MODEL).from_pretrained(tmp_path)
-    for model in (cast, loaded):
+    for model in (cast, of_type, loaded):
         assert torch.equal(model.model.rotary_emb.frequency_bits, MODEL.model.rotary_emb.frequency_bits)
         torch.testing.assert_close(model(ids, position_ids=positions).logits, expected, atol=1e-5, rtol=0)
 
