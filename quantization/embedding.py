@@ -61,4 +61,4 @@ class QuantizedEmbedding(StoredWeight, nn.Embedding):
 
     def _rows(self, ids: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
         rows = nn.functional.embedding(ids, weight).float() * nn.functional.embedding(ids, weight_scale).float()
-        return rows.to(self.like.dtype)
+        return rows.to(getattr(self.weight_scale, "cast_dtype", None) or self.like.dtype)

@@ -129,21 +129,26 @@ class StoredParameter(nn.Parameter):
     Args:
         data: The tensor, whose memory is shared.
         requires_grad: Must be False.
+
+    Attributes:
+        cast_dtype: Dtype of the last cast by assigning that was left out, None if there was none.
     """
+
+    cast_dtype: torch.dtype | None = None
 
     def __new__(cls, data: Tensor, requires_grad: bool = False) -> "StoredParameter":
         """Return a parameter on the memory of `data`."""
         return Tensor._make_subclass(cls, data.detach(), False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "StoredParameter":
-        """Return a copy of the values."""
+        """Return a copy that remembers its cast."""
         if id(self) not in memo:
-            memo[id(self)] = StoredParameter(self.detach().clone())
+            memo[id(self)] = stored_again(self.detach().clone(), self.cast_dtype)
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle as a plain parameter, which a layer makes a stored one again."""
-        return nn.Parameter(self.detach(), requires_grad=False).__reduce_ex__(protocol)
+        """Pickle the values and the cast, so that what is loaded is a stored parameter again."""
+        return stored_again, (self.detach(), self.cast_dtype)
 
     def requires_grad_(self, requires_grad: bool = True) -> "StoredParameter":
         """Raise ValueError when asked for gradients, which codes and scales do not have."""
@@ -178,11 +183,18 @@ class StoredParameter(nn.Parameter):
             kept = self.detach().to(value.device)
             if value.shape != kept.shape or not (value.is_meta or torch.equal(value, kept.to(value.dtype))):
                 raise ValueError(CHANGED)
-            value = kept
+            self.cast_dtype, value = value.dtype, kept
         elif value.device == self.device and not is_same(value, self.detach()):
             raise ValueError(CHANGED)
         self.__dict__.pop("as_seen", None)
         Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
+
+
+def stored_again(data: Tensor, cast_dtype: torch.dtype | None) -> StoredParameter:
+    """Return a stored parameter that was copied or pickled."""
+    parameter = StoredParameter(data)
+    parameter.cast_dtype = cast_dtype
+    return parameter
 
 
 def is_same(one: Tensor, other: Tensor) -> bool:
@@ -230,8 +242,11 @@ class StoredWeight(nn.Module):
 
         def moving(tensor: Tensor) -> Tensor:
             applied = fn(tensor)
-            is_cast = id(tensor) in stored and applied.dtype != tensor.dtype
-            return tensor.detach().to(applied.device) if is_cast else applied
+            if id(tensor) not in stored or applied.dtype == tensor.dtype:
+                return applied
+            if isinstance(tensor, StoredParameter):
+                tensor.cast_dtype = applied.dtype
+            return tensor.detach().to(applied.device)
 
         return super()._apply(moving, recurse)
 

@@ -1,6 +1,7 @@
 """Casts, moves and counts of quantized models, beside the model dequantized and plain products."""
 
 import copy
+import io
 import pickle
 
 import peft
@@ -31,23 +32,29 @@ def assign(dtype):
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype)
-        for buffer in model.buffers():
-            if buffer.is_floating_point():
-                buffer.data = buffer.data.to(dtype)
         return model
 
     return cast
+
+
+def cast_all_data(model):
+    peft.cast_mixed_precision_params(model.requires_grad_(False), torch.bfloat16)
+    return model
 
 
 CASTS = {
     "to float32": (lambda model: model.to(torch.float32), torch.float32),
     "to float64": (lambda model: model.to(torch.float64), torch.float64),
     "bfloat16": (lambda model: model.bfloat16(), torch.bfloat16),
+    "type": (lambda model: model.type(torch.float32), torch.float32),
     "module by module": (lambda model: model.apply(lambda module: nn.Module.float(module)), torch.float32),
     "data to float32": (assign(torch.float32), torch.float32),
     "data to bfloat16": (assign(torch.bfloat16), torch.bfloat16),
     "there and back": (lambda model: model.to(torch.bfloat16).to(torch.float32), torch.bfloat16),
+    "data, then the model": (lambda model: assign(torch.bfloat16)(model).to(torch.float32), torch.bfloat16),
+    "all data": (cast_all_data, torch.bfloat16),
     "a copy": (lambda model: copy.deepcopy(model).to(torch.float32), torch.float32),
+    "data of a copy": (lambda model: copy.deepcopy(assign(torch.bfloat16)(model)), torch.bfloat16),
 }  # fmt: skip
 
 
@@ -85,6 +92,32 @@ MOVES = {
     "a pickle": lambda model: pickle.loads(pickle.dumps(model)),
     "its own state": lambda model: (model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True), model)[1],
 }
+
+
+@pytest.mark.parametrize("save", [pickle.dumps, lambda model: torch_saved(model)], ids=["pickle", "torch.save"])
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_unpickled_model_is_as_protected_as_before(settings, save, plain):
+    model = load(plain, **settings)
+    again = load_saved(save(model))
+    assert again.num_parameters() == model.num_parameters()
+    layer = assign(torch.float32)(again).model.layers[0].attention.dense
+    assert layer.weight_scale.dtype == torch.float16
+    with pytest.raises(ValueError, match="codes of a quantized weight were taken for weights"):
+        layer.weight.float()
+    with pytest.raises(ValueError, match="HRA with these settings computes with the weight of a layer"):
+        logits_of(peft.get_peft_model(again, peft.HRAConfig(target_modules=["attention.dense"], r=8)))
+
+
+def torch_saved(model):
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    return buffer.getvalue()
+
+
+def load_saved(data):
+    if data[:2] == b"PK":  # what torch has saved is a zip
+        return torch.load(io.BytesIO(data), weights_only=False)
+    return pickle.loads(data)
 
 
 @pytest.mark.parametrize("move", MOVES)
