@@ -7,7 +7,7 @@ dtypes as they are. What others read as `layer.weight` are `Codes`, which are no
 """
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
@@ -105,18 +105,31 @@ def plain(weight: Tensor) -> Tensor:
 
 def refusal(sentence: str) -> str:
     """Return why codes are not to be used in such a way: `sentence`, or one that names the adapter that would."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        name = frame.f_globals.get("__name__", "")
+    for frame in callers():
         if "merge" in frame.f_code.co_name:
             return CHANGED
-        if name.startswith("peft.tuners.") and not name.startswith("peft.tuners.tuners_utils"):
-            kind = "DoRA" if name.endswith(".dora") else name.split(".")[2].upper()
+        if kind := adapter_of(frame):
             return f"{kind} with these settings computes with the weight of a layer, which is quantized; {WAY_OUT}"
-        if name.startswith("trl."):
+        if frame.f_globals.get("__name__", "").startswith("trl."):
             return "TRL computes with the weight of the LM head, which is quantized; leave quantize_embeddings out"
-        frame = frame.f_back
     return sentence
+
+
+def adapter_of(frame: FrameType) -> str | None:
+    """Return the kind of adapter that a function of PEFT belongs to, None for any other function."""
+    name = frame.f_globals.get("__name__", "")
+    kind = name.removeprefix("peft.tuners.").partition(".")[0]
+    if not name.startswith("peft.tuners.") or kind.endswith("_utils"):  # which several kinds share
+        return None
+    return "DoRA" if name.endswith(".dora") else kind.upper()
+
+
+def callers() -> Iterator[FrameType]:
+    """Yield the frames of the functions that are running, the innermost first."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
 
 
 class StoredParameter(nn.Parameter):
@@ -161,6 +174,18 @@ class StoredParameter(nn.Parameter):
     def numel(self) -> int:
         """Return how many weights these are, which counts of parameters add up; `nelement` counts elements."""
         return self.nelement() * WEIGHTS_PER_BYTE.get(self.dtype, 0)
+
+    @property
+    def ds_numel(self) -> int:
+        """Number of values that DeepSpeed shards, which it notes on every parameter; there is none here."""
+        raise AttributeError("ds_numel")
+
+    @ds_numel.setter
+    def ds_numel(self, number: int) -> None:
+        """Raise ValueError where DeepSpeed is about to shard them."""
+        raise ValueError(
+            "ZeRO stage 3 cannot shard quantized weights; use stage 2 or below, or the fully_shard of torch"
+        )
 
     def seen(self) -> Codes:
         """Return codes as others see them, always the same object, so that it can be seen what is tied."""
@@ -213,9 +238,13 @@ class StoredWeight(nn.Module):
         stored = self.__dict__.get("_parameters", {}).get("weight")
         if stored is None:
             raise AttributeError("weight")
-        if isinstance(stored, DTensor) or not isinstance(stored, StoredParameter):
-            return stored
-        return stored.seen()
+        kind = next(filter(None, map(adapter_of, callers())), None) if isinstance(stored, DTensor) else None
+        if kind not in (None, "LORA", "DoRA"):
+            raise ValueError(
+                f"{kind} does not work on quantized weights under tensor parallelism; use LoRA on INT8 "
+                "query_key_value, or train without tensor parallelism"
+            )
+        return stored.seen() if isinstance(stored, StoredParameter) else stored
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Register what others have seen as the parameter behind it, and in the place of a stored one a stored one."""

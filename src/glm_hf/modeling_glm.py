@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DeviceMesh, distribute_tensor
+from torch.distributed.tensor import DeviceMesh, DTensor, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 from transformers import PreTrainedModel
 from transformers import initialization as init
@@ -250,6 +250,13 @@ class GLMPreTrainedModel(PreTrainedModel):
         """Dtype of what is not quantized; that of scales, which may come first, is another."""
         parameters = ((name, parameter.dtype) for name, parameter in self.named_parameters())
         return next(dtype for name, dtype in parameters if dtype.is_floating_point and not name.endswith("_scale"))
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Count as transformers does; of quantized weights that ranks share, what they stand for."""
+        count = super().num_parameters(only_trainable, exclude_embeddings)
+        named = [] if only_trainable else self.named_parameters()  # codes and scales are not
+        shared = [(name, p) for name, p in named if isinstance(p, DTensor)]
+        return count + sum(p.numel() * ((p.dtype == torch.uint8) - name.endswith("_scale")) for name, p in shared)
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         """Initialise a module that was not loaded; the shortcut for custom code would skip blocks without weights."""

@@ -5,6 +5,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import torch.multiprocessing as mp
@@ -46,6 +47,14 @@ ADAPTED = {
     "int8 dense": (8, "dense"),
     "int8 dense_h_to_4h": (8, "dense_h_to_4h"),
     "int4 dense_4h_to_h": (4, "dense_4h_to_h"),
+    "int8 dense_4h_to_h": (8, "dense_4h_to_h"),
+}
+ROW_PARALLEL: dict[str, Any] = {"target_modules": ["dense_4h_to_h"]}
+OTHER_KINDS = {  # whose logits would be off by up to 0.09, without a word
+    "MISS": peft.MissConfig(r=4, **ROW_PARALLEL),
+    "VERA": peft.VeraConfig(r=4, **ROW_PARALLEL),
+    "ADALORA": peft.AdaLoraConfig(total_step=10, **ROW_PARALLEL),
+    "LOHA": peft.LoHaConfig(r=4, **ROW_PARALLEL),
 }
 
 
@@ -68,15 +77,14 @@ def gradients(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in found.items()}
 
 
-def adapted(folder: Path, name: str, **options: Any) -> nn.Module:
-    from peft import LoraConfig, get_peft_model
-
+def adapted(folder: Path, name: str, config: Any = None, **options: Any) -> nn.Module:
     bits, target = ADAPTED[name]
-    config = GLMQuantizationConfig(bits=bits)
+    adapter = config or peft.LoraConfig(target_modules=[target], r=4)
+    quantization = GLMQuantizationConfig(bits=bits)
     model = GLMForBlankInfilling.from_pretrained(
-        folder / "sat_tp1", dtype=torch.float32, quantization_config=config, **options
+        folder / "sat_tp1", dtype=torch.float32, quantization_config=quantization, **options
     )
-    model = get_peft_model(model, LoraConfig(target_modules=[target], r=4))
+    model = peft.get_peft_model(model, adapter)
     generator = torch.Generator().manual_seed(1)
     for parameter in [p for p in model.parameters() if p.requires_grad]:
         values = torch.randn(parameter.shape, generator=generator) * 0.05
@@ -113,6 +121,12 @@ def run_rank(rank: int, port: int, folder: Path, ids: torch.Tensor) -> None:
         "adapters": gradients(adapted(folder, "int8 query_key_value", **parallel), ids),
         "refused adapters": {
             name: refusal(adapted, folder, name, **parallel) for name in ADAPTED if name != "int8 query_key_value"
+        },
+        "counts": {way: load(folder, way, **parallel).num_parameters() for way in WAYS},
+        "refused kinds": {
+            f"{kind} {bits}": refusal(adapted, folder, f"int{bits} dense_4h_to_h", config=config, **parallel)
+            for kind, config in OTHER_KINDS.items()
+            for bits in (8, 4)
         },
         "dequantize": refusal(load(folder, "while loading-int8", **parallel).dequantize),
     }
@@ -176,6 +190,17 @@ def test_adapters_get_the_gradients_of_one_process(results, folder, ids):
 def test_adapters_that_cannot_be_cut_are_refused(name, results):
     message = results["refused adapters"][name]
     assert message.startswith("adapters on quantized weights work under tensor parallelism on INT8 query_key_value")
+
+
+@pytest.mark.parametrize("name", [f"{kind} {bits}" for kind in OTHER_KINDS for bits in (8, 4)])
+def test_other_kinds_of_adapters_are_refused_by_name(name, results):
+    start = f"{name.split()[0]} does not work on quantized weights under tensor parallelism; use LoRA"
+    assert results["refused kinds"][name].startswith(start)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_ranks_count_the_weights_of_the_dense_model(way, results, folder):
+    assert results["counts"][way] == GLMForBlankInfilling.from_pretrained(folder / "sat_tp1").num_parameters()
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -8,7 +8,7 @@ import torch
 from forked import run_ranks, start, wait
 from small_runs import SomeTwice, Texts, losses, make_trainer
 
-from glm_hf import GLMForBlankInfilling
+from glm_hf import GLMForBlankInfilling, GLMQuantizationConfig
 from glm_hf.training import DivergenceError, GLMTrainingArguments
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "training"
@@ -95,6 +95,50 @@ def test_zero_gives_the_losses_of_one_process(model_folder, tmp_path, alone, sta
         for log, expected_log in zip(logs, expected_logs, strict=True):
             assert log["embedding_grad_norm"] == pytest.approx(expected_log["embedding_grad_norm"], rel=1e-3)
             assert log["grad_norm"] == pytest.approx(expected_log["grad_norm"], rel=1e-3)
+
+
+def train_adapter(model_folder: Path, folder: Path, bits: int, **changes) -> list[float]:
+    import peft
+
+    config = GLMQuantizationConfig(bits=bits, quantize_embeddings=True)
+    model = GLMForBlankInfilling.from_pretrained(model_folder, dtype="float32", quantization_config=config)
+    torch.manual_seed(0)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["query_key_value", "dense"], r=4))
+    trainer = make_trainer(model_folder, folder, objects={"model": adapted}, **(ADAPTER_SETTINGS | changes))
+    trainer.train()
+    return losses(trainer)
+
+
+ADAPTER_SETTINGS = {"max_steps": 3, "per_device_train_batch_size": 2}
+
+
+@pytest.mark.parametrize("stage", [None, 2])
+def test_adapters_on_quantized_weights_get_the_losses_of_one_process(model_folder, tmp_path, stage):
+    pytest.importorskip("peft")
+    pytest.importorskip("deepspeed")
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    expected = wait(start(lambda: train_adapter(model_folder, alone, 4), alone / "result"), alone / "result")
+
+    def rank_main(rank: int):
+        prepare_deepspeed()
+        options = {"gradient_checkpointing": True} if stage is None else {"deepspeed": zero(stage)}
+        return train_adapter(model_folder, tmp_path / "run", 4, **options)
+
+    for found in run_ranks(rank_main, 2, tmp_path):
+        assert found == pytest.approx(expected, abs=1e-4)
+
+
+def test_zero_stage_3_refuses_quantized_weights(model_folder, tmp_path):
+    pytest.importorskip("peft")
+    pytest.importorskip("deepspeed")
+
+    def rank_main(rank: int):
+        prepare_deepspeed()
+        with pytest.raises(ValueError, match=r"ZeRO stage 3 cannot shard quantized weights; use stage 2 or below"):
+            train_adapter(model_folder, tmp_path / "run", 4, deepspeed=zero(3))
+
+    run_ranks(rank_main, 2, tmp_path)
 
 
 def test_zero_goes_on_from_a_checkpoint(model_folder, tmp_path):
