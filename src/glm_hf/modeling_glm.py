@@ -19,12 +19,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DeviceMesh, DTensor, distribute_tensor
-from torch.distributed.tensor.placement_types import _StridedShard
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, PackedColwiseParallel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, MaskedLMOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -39,6 +37,7 @@ from .configuration_glm import GLMConfig
 from .filling_glm import BlankGenerationMixin
 from .infilling_glm import masked_lm_layout
 from .masking_glm import infilling_attention, layout_ids
+from .parallel_glm import register_parallel_styles
 from .positions_glm import (
     Mask,
     is_padding_mask,
@@ -136,23 +135,7 @@ class GLMAttention(nn.Module):
         return self.dense(output.flatten(2)), probabilities  # (B, L, H, K) -> (B, L, D)
 
 
-class GLUColwiseParallel(PackedColwiseParallel):
-    """
-    Split each half of a GLU's up-projection over the ranks, weight and bias alike.
-
-    transformers' `packed_colwise` cuts a bias in one piece, so that the first rank gets the bias of the first half.
-    """
-
-    def shard_param(self, module: nn.Module, param: str, mesh: DeviceMesh) -> None:
-        """Replace a parameter `(2F, D)` or `(2F,)` by its shard of both halves."""
-        tensor = module._parameters[param]
-        if tensor is not None:
-            placement = _StridedShard(dim=0, split_factor=self.split_factor)
-            sharded = distribute_tensor(tensor, mesh, [placement], src_data_rank=None)
-            module._parameters[param] = nn.Parameter(sharded, requires_grad=tensor.requires_grad)
-
-
-ALL_PARALLEL_STYLES.register("glu_colwise", GLUColwiseParallel())
+register_parallel_styles()
 
 
 class GLMMLP(nn.Module):

@@ -196,6 +196,7 @@ def test_the_folder_is_flat_and_holds_what_a_model_needs_only(source, exported):
             "infilling",
             "masking",
             "modeling",
+            "parallel",
             "peft",
             "positions",
             "prompts",
