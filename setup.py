@@ -9,8 +9,8 @@ from setuptools import Extension, setup
 
 kernels_cpu = Extension(
     "glm_hf.quantization._kernels_cpu",
-    sources=["quantization/kernels_cpu.c"],
-    depends=["quantization/kernels_cpu.h", "quantization/kernels_cpu_numbers.h"],
+    sources=["src/glm_hf/quantization/kernels_cpu.c"],
+    depends=["src/glm_hf/quantization/kernels_cpu.h", "src/glm_hf/quantization/kernels_cpu_numbers.h"],
     extra_compile_args=["-O3", "-fvisibility=hidden"],
     py_limited_api=True,
     optional=True,

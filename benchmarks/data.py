@@ -26,9 +26,9 @@ import torch
 
 from glm_hf import GLMConfig
 from glm_hf.training import BlankInfillingDataset, DataCollatorForBlankInfilling, InfillingRecipe
-from glm_hf.training.blanks import IGNORED
-from glm_hf.training.packing import Row
-from glm_hf.training.token_file import TokenFile, open_token_file, write_token_file
+from glm_hf.training.data.blanks import IGNORED
+from glm_hf.training.data.packing import Row
+from glm_hf.training.data.token_file import TokenFile, open_token_file, write_token_file
 
 BATCH = 8
 IDS = (20100, 150000)  # of text, in GLM-130B's vocabulary: behind the first special ids and before the others

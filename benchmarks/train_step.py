@@ -38,9 +38,9 @@ from glm_hf.training import (
     GLMTrainingArguments,
     InfillingRecipe,
 )
-from glm_hf.training.blanks import IGNORED
+from glm_hf.training.data.blanks import IGNORED
+from glm_hf.training.data.token_file import open_token_file, write_token_file
 from glm_hf.training.schedules import LearningRateSchedule
-from glm_hf.training.token_file import open_token_file, write_token_file
 
 VOCAB = 8192
 SPECIAL = ("pad", "eos", "mask", "gmask", "smask", "eod", "sop", "eop")

@@ -21,8 +21,8 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from glm_hf import GLMConfig
+from glm_hf.sharding.degrees import Parallel
 from glm_hf.training import DataCollatorForBlankInfilling, GLM3DTrainer, GLMTrainingArguments, InfillingRecipe
-from glm_hf.training.parallel import Parallel
 
 SPECIAL = ("pad", "eos", "mask", "gmask", "smask", "eod", "sop", "eop")
 TINY = {"hidden": 64, "inner": 128, "layers": 4, "sequence": 64}

@@ -16,12 +16,12 @@ from transformers import PreTrainedTokenizerBase
 
 from glm_hf.configuration_glm import GLMConfig
 from glm_hf.conversion.checkpoint_config import checkpoint_config, stored_quantization
-from glm_hf.conversion.model_tensors import Quantization, model_tensors, quantization_config
-from glm_hf.conversion.partial_folder import write_in_segments
-from glm_hf.conversion.safetensors_writer import ShardFile, plan_shards, write_index
-from glm_hf.conversion.sat_checkpoint import SatCheckpoint
+from glm_hf.conversion.formats.model_tensors import Quantization, model_tensors, quantization_config
+from glm_hf.conversion.formats.safetensors_writer import ShardFile, plan_shards, write_index
+from glm_hf.conversion.formats.sat_checkpoint import SatCheckpoint
+from glm_hf.conversion.streaming.segments import write_in_segments
+from glm_hf.folders.atomic import free_space
 from glm_hf.modeling_glm import GLMForBlankInfilling
-from glm_hf.new_folder import free_space
 from glm_hf.quantization.functional import quantize_weight
 from glm_hf.tokenization_glm import GLMTokenizer
 

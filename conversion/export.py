@@ -9,14 +9,14 @@ from torch import Tensor
 
 from glm_hf.configuration_glm import GLMConfig
 from glm_hf.conversion.checkpoint_config import require_model
-from glm_hf.conversion.model_folder import ModelFolder
-from glm_hf.conversion.name_map import rotary_buffer_name, to_sat_name
-from glm_hf.conversion.partial_folder import write_in_segments
-from glm_hf.conversion.rank_writer import RankSegment, plan_segments
-from glm_hf.conversion.sat_checkpoint import SatCheckpoint
-from glm_hf.conversion.shard_rules import ROW, shard_rule
-from glm_hf.conversion.torch_zip import TorchZip
+from glm_hf.conversion.formats.model_folder import ModelFolder
+from glm_hf.conversion.formats.names import rotary_buffer_name, to_sat_name
+from glm_hf.conversion.formats.rank_writer import RankSegment, plan_segments
+from glm_hf.conversion.formats.sat_checkpoint import SatCheckpoint
+from glm_hf.conversion.formats.torch_zip import TorchZip
+from glm_hf.conversion.streaming.segments import write_in_segments
 from glm_hf.rotary_glm import inverse_frequencies
+from glm_hf.sharding.rules import ROW, shard_rule
 
 
 def export_sat_checkpoint(src: str | Path, dst: str | Path, *, tp_size: int, resume: bool = True) -> None:

@@ -22,16 +22,16 @@ from torch import Tensor
 
 from glm_hf.configuration_glm import GLMConfig
 from glm_hf.conversion.convert import made_together
-from glm_hf.conversion.model_tensors import model_tensors
-from glm_hf.conversion.partial_folder import write_in_segments
+from glm_hf.conversion.formats.model_tensors import model_tensors
+from glm_hf.conversion.formats.rank_file import RankFile, describe, read_rank_file
+from glm_hf.conversion.formats.safetensors_writer import ShardFile, plan_shards, write_index
 from glm_hf.conversion.quantize import WEIGHT_FILES
-from glm_hf.conversion.rank_file import RankFile, describe, read_rank_file
-from glm_hf.conversion.safetensors_writer import ShardFile, plan_shards, write_index
-from glm_hf.conversion.shard_rules import REPLICATED, shard_rule
-from glm_hf.conversion.stored_tensor import StoredTensor, check_member
-from glm_hf.conversion.streams import read_merged
-from glm_hf.model_files import read_config, read_json
+from glm_hf.conversion.streaming.blocks import read_merged
+from glm_hf.conversion.streaming.segments import write_in_segments
+from glm_hf.conversion.streaming.stored_tensor import StoredTensor, check_member
+from glm_hf.folders.model_folder import read_config, read_json
 from glm_hf.modeling_glm import GLMForBlankInfilling
+from glm_hf.sharding.rules import REPLICATED, shard_rule
 
 EMBEDDING = "model.embed_tokens.weight"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from glm_hf.conversion.convert import converted, made_together
-from glm_hf.conversion.model_folder import ModelFolder
-from glm_hf.conversion.model_tensors import Quantization, model_tensors, quantization_config
-from glm_hf.conversion.partial_folder import write_in_segments
-from glm_hf.conversion.safetensors_writer import ShardFile, plan_shards, write_index
-from glm_hf.model_files import read_json
+from glm_hf.conversion.formats.model_folder import ModelFolder
+from glm_hf.conversion.formats.model_tensors import Quantization, model_tensors, quantization_config
+from glm_hf.conversion.formats.safetensors_writer import ShardFile, plan_shards, write_index
+from glm_hf.conversion.streaming.segments import write_in_segments
+from glm_hf.folders.model_folder import read_json
 
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf", "*.index.json", ".*")
 

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from glm_hf.conversion.checkpoint_config import require_model
 from glm_hf.conversion.convert import converted
-from glm_hf.conversion.model_folder import ModelFolder
-from glm_hf.conversion.rank_file import RankFile, read_rank_file
-from glm_hf.conversion.sat_checkpoint import SatCheckpoint, find_rank_files
-from glm_hf.conversion.stored_tensor import check_member
-from glm_hf.conversion.streams import progress_bar, read_ahead
+from glm_hf.conversion.formats.model_folder import ModelFolder
+from glm_hf.conversion.formats.rank_file import RankFile, read_rank_file
+from glm_hf.conversion.formats.sat_checkpoint import SatCheckpoint, find_rank_files
+from glm_hf.conversion.streaming.blocks import progress_bar, read_ahead
+from glm_hf.conversion.streaming.stored_tensor import check_member
 
 
 @dataclass

@@ -25,7 +25,7 @@ ARROWS = {
 # Files of what cannot be defined without an optional package; they are imported where they are used.
 DEFERRED = {
     "kernels_triton.py": "glm_hf.quantization.kernels_triton",
-    "pipeline_model.py": "glm_hf.training.pipeline_model",
+    "pipeline_model.py": "glm_hf.training.pipeline.model",
 }
 OPTIONAL = {"triton", "deepspeed", "peft", "lm_eval", "datasets", "sentencepiece", "matplotlib", "trl"}
 

@@ -9,8 +9,8 @@ from torch import distributed as dist
 from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
-from glm_hf.training.parallel import Parallel
-from glm_hf.training.refusals import SAMPLE_SCHEDULE
+from glm_hf.sharding.degrees import Parallel
+from glm_hf.training.unsupported import SAMPLE_SCHEDULE
 
 DIVERGENCE_ACTIONS = ("none", "skip", "lower_alpha", "stop")
 LOSS_NORMALIZATIONS = ("step", "micro_batch")

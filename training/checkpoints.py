@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from transformers.trainer_utils import get_last_checkpoint
 
-from glm_hf.new_folder import sync, sync_tree
+from glm_hf.folders.atomic import sync, sync_tree
 
 STAGING = ".partial-checkpoint"
 

@@ -12,9 +12,9 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from glm_hf.training.arguments import GLMTrainingArguments
-from glm_hf.training.blanks import IGNORED
-from glm_hf.training.meters import NOT_KNOWN, LossMeter, row_losses
-from glm_hf.training.micro_batches import Batch, predicted_by
+from glm_hf.training.data.blanks import IGNORED
+from glm_hf.training.loss_meter import NOT_KNOWN, LossMeter, row_losses
+from glm_hf.training.pipeline.micro_batches import Batch, predicted_by
 
 
 class TokenLossTrainer(Trainer):

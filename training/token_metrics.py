@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 from transformers import EvalPrediction
 
-from glm_hf.training.blanks import IGNORED
+from glm_hf.training.data.blanks import IGNORED
 
 
 def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

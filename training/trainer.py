@@ -21,15 +21,19 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, 
 from transformers.utils import logging
 
 from glm_hf.training.arguments import GLMTrainingArguments
-from glm_hf.training.batches import ShuffledEpochs, StepSampler, loader_options
 from glm_hf.training.checkpoints import STAGING, staged_checkpoint
-from glm_hf.training.data_collator import DataCollatorForBlankInfilling
+from glm_hf.training.data.collator import DataCollatorForBlankInfilling
+from glm_hf.training.data.dataset import BlankInfillingDataset
+from glm_hf.training.data.sampler import ShuffledEpochs, StepSampler, loader_options
+from glm_hf.training.deepspeed_zero import DeferredStep, gradient_norm
 from glm_hf.training.divergence import DivergenceError, DivergenceWatch, record_event, stop_message
 from glm_hf.training.gradient_shrink import shrink_embedding_gradient
-from glm_hf.training.meters import LossMeter
-from glm_hf.training.micro_batches import Batch, cut_rows
-from glm_hf.training.mixture import BlankInfillingDataset
-from glm_hf.training.refusals import (
+from glm_hf.training.loss_meter import LossMeter
+from glm_hf.training.pipeline.micro_batches import Batch, cut_rows
+from glm_hf.training.schedules import BatchSchedule, LearningRateSchedule, PiecewiseLinear, parse_ranges
+from glm_hf.training.throughput import flops_per_token, peak_tflops
+from glm_hf.training.token_loss import TokenLossTrainer
+from glm_hf.training.unsupported import (
     REFUSED,
     SAMPLE_SCHEDULE,
     require_all_processes_apart,
@@ -37,10 +41,6 @@ from glm_hf.training.refusals import (
     require_one_schedule,
     require_whole_steps,
 )
-from glm_hf.training.schedules import BatchSchedule, LearningRateSchedule, PiecewiseLinear, parse_ranges
-from glm_hf.training.throughput import flops_per_token, peak_tflops
-from glm_hf.training.token_loss import TokenLossTrainer
-from glm_hf.training.zero import DeferredStep, gradient_norm
 
 STATE_FILE = "glm_training_state.json"
 

@@ -13,12 +13,14 @@ from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
 from glm_hf.configuration_glm import GLMConfig
-from glm_hf.model_files import read_config
+from glm_hf.folders.model_folder import read_config
+from glm_hf.sharding.degrees import Parallel
 from glm_hf.training.arguments import GLMTrainingArguments
-from glm_hf.training.batches import loader_options
-from glm_hf.training.blanks import IGNORED
-from glm_hf.training.checkpoint_3d import load_engine, require_own, save_engine
-from glm_hf.training.engine_3d import (
+from glm_hf.training.data.blanks import IGNORED
+from glm_hf.training.data.sampler import loader_options
+from glm_hf.training.loss_meter import LossMeter
+from glm_hf.training.pipeline.checkpoint import load_engine, require_own, save_engine
+from glm_hf.training.pipeline.engine import (
     deepspeed_3d_config,
     global_norm,
     look_before_update,
@@ -27,18 +29,16 @@ from glm_hf.training.engine_3d import (
     start_deepspeed,
     summed,
 )
-from glm_hf.training.heartbeat import Heartbeat
-from glm_hf.training.meters import LossMeter
-from glm_hf.training.micro_batches import Batch, common_shape, empty_batch, micro_batches, require_names
-from glm_hf.training.parallel import Parallel
-from glm_hf.training.refusals import (
+from glm_hf.training.pipeline.heartbeat import Heartbeat
+from glm_hf.training.pipeline.micro_batches import Batch, common_shape, empty_batch, micro_batches, require_names
+from glm_hf.training.trainer import GLMTrainer
+from glm_hf.training.unsupported import (
     MATRIX_FREE,
     REFUSED_3D,
     REFUSED_OBJECTS_3D,
     require_honoured,
     require_objects,
 )
-from glm_hf.training.trainer import GLMTrainer
 
 EVAL_ROUNDS = 4  # micro-batches per stage that are evaluated in one go, so that stages rarely wait
 
@@ -96,8 +96,8 @@ class GLM3DTrainer(GLMTrainer):
         self, model: str | Path | GLMConfig, args: GLMTrainingArguments, config: GLMConfig | None
     ) -> Any:
         """Return this process's share of the model, with its weights."""
-        from glm_hf.training.pipeline_model import GLMPipeline
-        from glm_hf.training.stage_weights import initialize, load_folder
+        from glm_hf.training.pipeline.model import GLMPipeline
+        from glm_hf.training.pipeline.weights import initialize, load_folder
 
         if config is None:
             config = model if isinstance(model, GLMConfig) else read_config(model)
@@ -290,7 +290,7 @@ class GLM3DTrainer(GLMTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write a Hugging Face folder, each stage its own files; within a checkpoint, what training goes on from."""
-        from glm_hf.training.stage_folder import save_folder
+        from glm_hf.training.pipeline.folder import save_folder
 
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
         if _internal_call and not self.args.save_only_model:

@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from glm_hf._version import __version__
 from glm_hf.configuration_glm import GLMConfig
 from glm_hf.modeling_glm import GLMForBlankInfilling, GLMForMaskedLM, GLMModel
-from glm_hf.pipeline_glm import BlankInfillingPipeline, register_pipelines
+from glm_hf.pipelines.fill_mask import BlankInfillingPipeline, register_pipelines
 from glm_hf.quantization import GLMQuantizationConfig
 from glm_hf.quantization.quantizer import register_quantizer
 from glm_hf.tokenization_glm import GLMTokenizer

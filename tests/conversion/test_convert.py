@@ -14,7 +14,9 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 from glm_hf import GLMConfig
-from glm_hf.conversion import convert_sat_checkpoint, stored_tensor, streams
+from glm_hf.conversion import convert_sat_checkpoint
+from glm_hf.conversion.streaming import blocks as streams
+from glm_hf.conversion.streaming import stored_tensor
 from glm_hf.tokenization_glm import GLMTokenizer
 
 MIXIN_ROTARY = "mixins.rotary-embedding.rotary_emb.inv_freq"

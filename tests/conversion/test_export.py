@@ -13,14 +13,9 @@ from golden import CONFIGS, DATA, golden_config, golden_model
 from safetensors.torch import load_file, save_file
 
 from glm_hf import GLMConfig
-from glm_hf.conversion import (
-    convert_sat_checkpoint,
-    export,
-    export_sat_checkpoint,
-    rank_writer,
-    reshard_sat_checkpoint,
-    stored_tensor,
-)
+from glm_hf.conversion import convert_sat_checkpoint, export, export_sat_checkpoint, reshard_sat_checkpoint
+from glm_hf.conversion.formats import rank_writer
+from glm_hf.conversion.streaming import stored_tensor
 
 MIXIN_ROTARY = "mixins.rotary-embedding.rotary_emb.inv_freq"
 

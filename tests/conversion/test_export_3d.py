@@ -12,8 +12,10 @@ import torch
 from pipeline_files import TAG, change, make, part_files, random_model, write_checkpoint, write_json
 
 from glm_hf import GLMForBlankInfilling
-from glm_hf.conversion import export_3d_checkpoint, partial_folder, stored_tensor, verify_checkpoint
-from glm_hf.conversion.stored_tensor import RowReader
+from glm_hf.conversion import export_3d_checkpoint, verify_checkpoint
+from glm_hf.conversion.streaming import segments as partial_folder
+from glm_hf.conversion.streaming import stored_tensor
+from glm_hf.conversion.streaming.stored_tensor import RowReader
 
 BLOCK_BYTES = 1000  # less than most tensors have
 SHARDS = {"max_shard_size": "4KB"}

@@ -11,9 +11,9 @@ from glm_hf import GLMConfig
 from glm_hf.cli import main
 from glm_hf.conversion import convert
 from glm_hf.conversion.export import _rank_part
-from glm_hf.conversion.model_tensors import model_tensors
-from glm_hf.conversion.name_map import to_sat_name
-from glm_hf.conversion.torch_zip import TorchZip
+from glm_hf.conversion.formats.model_tensors import model_tensors
+from glm_hf.conversion.formats.names import to_sat_name
+from glm_hf.conversion.formats.torch_zip import TorchZip
 
 
 def on_meta(*shape: int) -> torch.Tensor:
@@ -84,7 +84,7 @@ def released(tmp_path_factory) -> Path:
 )
 def test_dry_run_with_the_released_sizes_prints_the_plan(options, lines, released, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(convert, "free_space", lambda dst: 123)
-    monkeypatch.setattr("glm_hf.new_folder.free_space", lambda dst: 10**13)
+    monkeypatch.setattr("glm_hf.folders.atomic.free_space", lambda dst: 10**13)
     assert main(["convert", str(released), str(tmp_path / "hf"), "--dry-run", *options]) == 0
     out = capsys.readouterr().out
     for line in lines:
@@ -93,7 +93,7 @@ def test_dry_run_with_the_released_sizes_prints_the_plan(options, lines, release
 
 
 def test_dry_run_refuses_a_disk_that_is_too_small(released, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("glm_hf.new_folder.free_space", lambda dst: 10**9)
+    monkeypatch.setattr("glm_hf.folders.atomic.free_space", lambda dst: 10**9)
     assert main(["convert", str(released), str(tmp_path / "hf"), "--dry-run"]) == 1
     captured = capsys.readouterr()
     assert "needed" in captured.out

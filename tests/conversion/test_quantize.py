@@ -12,13 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from glm_hf import GLMConfig, GLMForBlankInfilling, GLMQuantizationConfig
 from glm_hf.cli import main
-from glm_hf.conversion import (
-    convert_sat_checkpoint,
-    export_sat_checkpoint,
-    quantize_checkpoint,
-    stored_tensor,
-    verify_checkpoint,
-)
+from glm_hf.conversion import convert_sat_checkpoint, export_sat_checkpoint, quantize_checkpoint, verify_checkpoint
+from glm_hf.conversion.streaming import stored_tensor
 
 SAT = DATA / "cfg2" / "sat_tp1"
 DENSE = "model.layers.2.mlp.dense_4h_to_h.weight"

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from transformers.quantizers import auto
 
 from glm_hf import GLMForBlankInfilling
-from glm_hf.conversion import convert_sat_checkpoint, export_sat_checkpoint, stored_tensor
+from glm_hf.conversion import convert_sat_checkpoint, export_sat_checkpoint
+from glm_hf.conversion.streaming import stored_tensor
 from glm_hf.quantization import dequantize_weight, quantize_weight
 
 LINEARS = ("query_key_value.weight", "dense.weight", "dense_h_to_4h.weight", "dense_4h_to_h.weight")

@@ -8,13 +8,8 @@ import torch
 from golden import DATA, golden_config
 from safetensors.torch import load_file, save_file
 
-from glm_hf.conversion import (
-    convert_sat_checkpoint,
-    export_sat_checkpoint,
-    reshard_sat_checkpoint,
-    stored_tensor,
-    verify_checkpoint,
-)
+from glm_hf.conversion import convert_sat_checkpoint, export_sat_checkpoint, reshard_sat_checkpoint, verify_checkpoint
+from glm_hf.conversion.streaming import stored_tensor
 
 SRC = DATA / "cfg2" / "sat_tp2"
 DENSE = "transformer.layers.1.attention.dense.weight"

@@ -9,8 +9,8 @@ from forked import run_ranks
 from small_runs import RECIPE, Texts, make_arguments
 
 from glm_hf import GLMConfig, GLMForBlankInfilling
+from glm_hf.sharding.degrees import Parallel
 from glm_hf.training import DataCollatorForBlankInfilling, GLM3DTrainer
-from glm_hf.training.parallel import Parallel
 
 SETTINGS = {
     "max_steps": 10,
@@ -27,7 +27,7 @@ def import_deepspeed() -> None:
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401, compiles a function
     import torch._dynamo  # noqa: F401
 
-    import glm_hf.training.stage_folder  # noqa: F401
+    import glm_hf.training.pipeline.folder  # noqa: F401
 
 
 def allow_half_on_cpu() -> None:

@@ -9,7 +9,7 @@ from transformers import Trainer, TrainingArguments
 
 from glm_hf import GLMForBlankInfilling
 from glm_hf.training import DataCollatorForBlankInfilling
-from glm_hf.training.batches import ShuffledEpochs
+from glm_hf.training.data.sampler import ShuffledEpochs
 
 
 class InOrder(Dataset):

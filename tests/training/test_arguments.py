@@ -14,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 
 from glm_hf import GLMConfig
 from glm_hf.training import GLM3DTrainer, GLMTrainingArguments
-from glm_hf.training.refusals import REFUSED, REFUSED_3D, REFUSED_OBJECTS_3D
+from glm_hf.training.unsupported import REFUSED, REFUSED_3D, REFUSED_OBJECTS_3D
 
 FOLDER = Path(__file__).parent
 # Read by code of Trainer, accelerate or the integrations alone, none of which our trainers override.

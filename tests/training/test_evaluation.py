@@ -9,7 +9,7 @@ from small_runs import Stream, Texts, make_trainer
 from torch.nn.functional import cross_entropy
 
 from glm_hf import GLMForBlankInfilling
-from glm_hf.training.recipe import OBJECTIVES
+from glm_hf.training.data.recipe import OBJECTIVES
 
 
 class Mixed(Texts):

@@ -16,7 +16,7 @@ from small_runs import Texts, losses, make_trainer
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
-from glm_hf import new_folder
+from glm_hf.folders import atomic as new_folder
 from glm_hf.training import checkpoints
 
 STEPS = 6

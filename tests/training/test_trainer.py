@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from glm_hf import GLMForBlankInfilling
 from glm_hf.training import GLMTrainer
-from glm_hf.training.batches import ShuffledEpochs, StepSampler
+from glm_hf.training.data.sampler import ShuffledEpochs, StepSampler
 
 
 def test_a_run_equals_a_plain_loop(model_folder, tmp_path):

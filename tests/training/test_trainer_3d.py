@@ -23,8 +23,8 @@ from small_runs import SomeTwice, Texts, make_trainer
 
 from glm_hf import GLMConfig
 from glm_hf.conversion import export_3d_checkpoint
+from glm_hf.sharding.degrees import Parallel
 from glm_hf.training import GLM3DTrainer
-from glm_hf.training.parallel import Parallel
 from glm_hf.training.trainer_3d import EVAL_ROUNDS
 
 ALL = {"tensor": 2, "pipeline": 2, "data": 2}

@@ -1,0 +1,1 @@
+"""How weights are distributed, and what quantizing them loses."""

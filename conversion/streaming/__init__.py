@@ -1,0 +1,1 @@
+"""Tensors read and written block by block, in runs that can be resumed."""

@@ -1,0 +1,1 @@
+"""Model folders for the Hub, which load without this package."""

@@ -1,0 +1,1 @@
+"""Pipelines of transformers that fill blanks and continue prompts."""

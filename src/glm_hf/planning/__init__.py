@@ -1,0 +1,1 @@
+"""What fits where: plans of inference on devices and of training on clusters."""

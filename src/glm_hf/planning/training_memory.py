@@ -1,0 +1,231 @@
+"""How many bytes a GPU holds in 3D training: weights, gradients, optimizer, activations and buffers of its stage.
+
+`B` micro-batch, `L` length, `T = B * L` tokens, `D` hidden, `F` inner width of the MLP, `H` heads, `K` head dim, `V`
+vocabulary, `n` tensor-parallel ranks, `d` copies of the model, `N` predicted tokens of a micro-batch, `e` bytes of a
+number in the model's dtype, `P` numbers of the parameters that a rank holds, cut by conversion/shard_rules.py. The
+first stage has the embedding, the last the final norm and the output matrix, a copy of the embedding when tied.
+
+weights      `P * e`, in one piece that is padded to a multiple of `2d` per group of the optimizer (with weight decay
+             and without).
+gradients    `P * e`: ZeRO-1 cuts the optimizer only.
+optimizer    `12 * P / d`: master weights in fp32, also of weights in fp32, and two moments.
+activations  What a stage keeps of every micro-batch in flight, and what the backward pass of one adds to it.
+             Kept by a layer, as autograd's graph tells, in numbers of `e` bytes per token
+                 4D           input, both normed states, sum behind attention
+                 6D/n         qkv, rotated query and key, output of attention
+                 4F/n         both halves of the up-projection, gelu, product
+             `4 * (4 + H/n)` bytes per token of norms and softmax, `2D` bytes per token of dropout (one per number, as
+             GPUs draw it), and the mask in numbers, `B * L * L * e`. With checkpointing, the input, `T * D * e`.
+             Kept by a stage: the mask `B * L * L`, cosines and sines `2 * T * K * e`, ids `3 * 8 * T`; what it
+             received and what it sent, `T * D * e` each. By the last: input and output of the norm, the latter of two
+             micro-batches, and of the output matrix its input `N * D * e` and probabilities `4 * N * V/n`.
+             Added: a layer's own with checkpointing, and the widest moment of its backward pass, of the MLP; or that
+             of the output matrix, three copies of the logits in fp32.
+buffers      In computing, what is received, `T * D * e` each way, and the gradient of the largest parameter before it
+             is added. Memory must also do for two other moments, when activations are gone; what these take more
+             counts as buffers:
+             reducing  Gradients are averaged: plan_zero_3d.py.
+             updating  The rank's gradients, flat, in `e` bytes and in fp32; or the norm of one, in fp64; beside what
+                       reducing has left.
+
+Gradients are counted from the first micro-batch on, which is too much where no more micro-batches come than are in
+flight at once. Not counted: CUDA's context, workspaces of libraries and fragmentation, which a reserve is for. The
+optimizer is fused AdamW; others need a copy or two of the rank's part of the weights.
+
+Source: graph of `modeling_glm.GLMLayer`; DeepSpeed 0.19, runtime/zero/stage_1_and_2.py and runtime/pipe/engine.py.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import ceil, prod
+
+from glm_hf.configuration_glm import GLMConfig
+from glm_hf.planning.memory import linear_shapes
+from glm_hf.planning.training_zero import optimizer_groups, partition_size, reducing_numbers, touched_numbers
+from glm_hf.sharding.degrees import Parallel
+from glm_hf.sharding.rules import shard_rule
+
+BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
+COMPONENTS = ("weights", "gradients", "optimizer", "activations", "buffers")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """
+    What the bytes of a stage follow from.
+
+    Attributes:
+        config: The model.
+        parallel: Degrees of parallelism.
+        micro_batch: Samples that go through the pipeline at once.
+        num_micro_batches: Of a step.
+        sequence: Tokens of a sample.
+        precision: "fp16", "bf16" or "fp32".
+        target_share: Share of the tokens that are predicted.
+    """
+
+    config: GLMConfig
+    parallel: Parallel
+    micro_batch: int
+    num_micro_batches: int
+    sequence: int
+    precision: str = "fp16"
+    target_share: float = 1.0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch."""
+        return self.micro_batch * self.sequence
+
+    @property
+    def num_targets(self) -> int:
+        """Predicted tokens of a micro-batch."""
+        return ceil(self.tokens * self.target_share)
+
+    @property
+    def size(self) -> int:
+        """Bytes of a number in the model's dtype."""
+        return BYTES[self.precision]
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the hidden states of a micro-batch."""
+        return self.tokens * self.config.hidden_size * self.size
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """
+    Bytes of one GPU of a stage: see the module docstring.
+
+    Attributes:
+        weights: Module weights.
+        gradients: Of all of them.
+        optimizer: Master weights and moments.
+        activations: At the widest moment of a backward pass.
+        buffers: What the fullest moment takes besides.
+        moments: The sum at each moment; `total` is the largest.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    buffers: int
+    moments: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """Bytes at the fullest moment."""
+        return sum(getattr(self, name) for name in COMPONENTS)
+
+
+def layer_parameters(shape: Shape) -> Iterator[tuple[str, int]]:
+    """Yield the parameters of a layer in the model's order, each with the numbers of it that a rank holds."""
+    config, linears = shape.config, linear_shapes(shape.config)
+    for norm, names in {
+        "input_layernorm": ("attention.query_key_value", "attention.dense"),
+        "post_attention_layernorm": ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+    }.items():
+        yield from ((f"{norm}.{part}", config.hidden_size) for part in ("weight", "bias"))
+        for name in names:
+            for part, full in (("weight", linears[name]), ("bias", linears[name][:1])):
+                rule = shard_rule(f"{name}.{part}")
+                yield f"{name}.{part}", prod(rule.shard_shape(full, shape.parallel.tensor))
+
+
+def stage_parameters(shape: Shape, stage: int) -> list[tuple[str, int]]:
+    """Return the parameters of a stage as the optimizer goes through them, each with a rank's numbers of it."""
+    config, parallel = shape.config, shape.parallel
+    last, tied = stage == parallel.pipeline - 1, config.tie_word_embeddings
+    matrix = config.vocab_size // parallel.tensor * config.hidden_size
+    found = [("embed_tokens.weight", matrix)] if stage == 0 or (last and tied) else []
+    for _ in parallel.stage_layers(config.num_hidden_layers)[stage]:
+        found += layer_parameters(shape)
+    if last:
+        found += [(f"norm.{part}", config.hidden_size) for part in ("weight", "bias")]
+        found += [] if tied else [("lm_head.weight", matrix)]
+    return found
+
+
+def num_model_parameters(config: GLMConfig) -> int:
+    """Return the parameters of the model; a tied matrix counts once."""
+    whole = Shape(config, Parallel(), 1, 1, 1)
+    return sum(numbers for _, numbers in stage_parameters(whole, 0))
+
+
+def layer_bytes_kept(shape: Shape) -> int:
+    """Return the bytes that a layer keeps of a micro-batch for its backward pass, without checkpointing."""
+    config, ranks, tokens = shape.config, shape.parallel.tensor, shape.tokens
+    hidden, inner = config.hidden_size, config.intermediate_size // ranks
+    numbers = 4 * hidden + 6 * hidden // ranks + 4 * inner
+    statistics = 4 * (4 + config.num_attention_heads // ranks)
+    dropout = 2 * hidden * (config.hidden_dropout > 0)
+    mask = shape.micro_batch * shape.sequence**2 * shape.size
+    return tokens * (numbers * shape.size + statistics + dropout) + mask
+
+
+def stage_bytes_kept(shape: Shape, stage: int, checkpointing: bool) -> int:
+    """Return the bytes that a stage keeps of a micro-batch in flight."""
+    config, tokens = shape.config, shape.tokens
+    last = stage == shape.parallel.pipeline - 1
+    layers = len(shape.parallel.stage_layers(config.num_hidden_layers)[stage])
+    kept = layers * (shape.state_bytes if checkpointing else layer_bytes_kept(shape))
+    kept += shape.micro_batch * shape.sequence**2 + tokens * (2 * config.head_dim * shape.size + 3 * 8)
+    kept += shape.state_bytes * ((stage > 0) + (not last))
+    if last:
+        columns = config.vocab_size // shape.parallel.tensor
+        kept += 2 * shape.state_bytes + 8 * tokens
+        kept += shape.num_targets * (config.hidden_size * shape.size + 4 * columns)
+    return kept
+
+
+def backward_bytes(shape: Shape, stage: int, checkpointing: bool) -> int:
+    """Return the bytes that the backward pass of a micro-batch adds to what is kept, at its widest moment."""
+    hidden, inner = shape.config.hidden_size, shape.config.intermediate_size // shape.parallel.tensor
+    layer = shape.tokens * (2 * hidden + 2 * inner) * shape.size
+    if checkpointing:
+        layer += layer_bytes_kept(shape) - shape.state_bytes
+    if stage < shape.parallel.pipeline - 1:
+        return layer
+    columns = shape.config.vocab_size // shape.parallel.tensor
+    head = 8 * shape.num_targets * columns  # beside the probabilities, which go when the layers' turn comes
+    return max(head, layer - 4 * shape.num_targets * columns)
+
+
+def activation_bytes(shape: Shape, stage: int, in_flight: int, checkpointing: bool) -> int:
+    """Return the bytes of activations at the widest moment, with so many micro-batches in flight."""
+    last = stage == shape.parallel.pipeline - 1
+    second_output = shape.state_bytes if last and shape.num_micro_batches > 1 else 0
+    kept = in_flight * stage_bytes_kept(shape, stage, checkpointing)
+    return kept + second_output + backward_bytes(shape, stage, checkpointing)
+
+
+def stage_memory(shape: Shape, stage: int, in_flight: int, checkpointing: bool) -> StageMemory:
+    """
+    Return the bytes of one GPU of a stage.
+
+    Args:
+        shape: Of the run.
+        stage: From 0.
+        in_flight: Micro-batches that the stage keeps at once.
+        checkpointing: Whether layers are computed again in the backward pass instead of being kept.
+    """
+    size, copies = shape.size, shape.parallel.data
+    parameters = stage_parameters(shape, stage)
+    groups = optimizer_groups(parameters)
+    largest = max(numbers for _, numbers in parameters)
+    total, partition = sum(map(sum, groups)), sum(partition_size(group, copies) for group in groups)
+    weights, gradients = partition * copies * size, total * size
+    activations = activation_bytes(shape, stage, in_flight, checkpointing)
+
+    received = shape.state_bytes * ((stage > 0) + (stage < shape.parallel.pipeline - 1))
+    flat = partition * (size if size == 4 else size + 4)
+    held = {
+        "computing": gradients + activations + largest * size * (shape.num_micro_batches > 1),
+        "reducing": max(reducing_numbers(groups, copies)) * size,
+        "updating": max(touched_numbers(groups, copies)) * size + max(flat, 8 * min(largest, partition)),
+    }
+    moments = {name: weights + 12 * partition + received + num_bytes for name, num_bytes in held.items()}
+    buffers = max(moments.values()) - weights - gradients - 12 * partition - activations
+    return StageMemory(weights, gradients, 12 * partition, activations, buffers, moments)

@@ -1,0 +1,185 @@
+"""How long a step of 3D training takes and how much every GPU sends, from the peak and the links of a stated GPU.
+
+`T` tokens of a micro-batch, `L` length, `D` hidden, `F` inner width of the MLP, `V` vocabulary, `n` tensor-parallel
+ranks, `d` copies of the model, `m` micro-batches, `N` predicted tokens of one, `e` bytes of a number in the model's
+dtype, `P` numbers of the parameters that a rank holds.
+
+operations  Of a layer forward, over its ranks: `T * (2 * (4D^2 + 3DF) + 4DL)`, twice that backward, and forward once
+            more with checkpointing. Of the output matrix: `2NVD` forward, twice that backward.
+sent        By one GPU in a step, where an all-reduce over `k` ranks sends `2 (k-1)/k` times its size:
+            tensor    `m * T * D * e` all-reduced twice per layer in each pass, the repeated one included; once by the
+                      embedding forward; `N * D * e` and `12 * N` by the output matrix
+            pipeline  `T * D * e` and, forward, three ids of 8 bytes per token, to each neighbour
+            data      `P * e` all-reduced, though a rank needs a part only (DeepSpeed's default in ZeRO-1); then
+                      `(d-1)/d * P * e`, the weights
+            tied      `V/n * D * e` between the first stage and the last
+time        Operations at `compute_efficiency` of the peak, bytes at `link_efficiency` of a link. All-reduces of
+            layers stop computation; between stages, states travel while a stage goes on if it can. What follows the
+            pipeline (tied, data) is not overlapped. The update itself takes milliseconds and is left out.
+
+Ranks stand as `Parallel` numbers them, and a group within one node uses the links of the node.
+"""
+
+from dataclasses import dataclass, fields
+
+from glm_hf.planning.devices import GIB
+from glm_hf.planning.training_memory import Shape, stage_parameters
+from glm_hf.training.throughput import PEAK_TFLOPS
+
+# Assumed, not measured here. With these, the run of the paper comes out 3% faster than it was. Kernels fused by hand,
+# as Megatron-LM's, reach more than half of the peak; small models and narrow parts of layers less.
+COMPUTE_EFFICIENCY = 0.5
+LINK_EFFICIENCY = 0.75  # of large messages
+KINDS = ("tensor", "pipeline", "data", "tied")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """
+    A kind of GPU and how it is linked to others.
+
+    Attributes:
+        name: For people.
+        tflops: Peak in 16 bits, 10^12 operations per second.
+        tflops_fp32: The same in fp32.
+        memory: Bytes.
+        node_bandwidth: To GPUs of the same node, each way, 10^9 bytes per second.
+        link_bandwidth: To other nodes, per GPU, each way, 10^9 bytes per second.
+        gpus_per_node: GPUs of a node.
+    """
+
+    name: str
+    tflops: float
+    tflops_fp32: float
+    memory: int
+    node_bandwidth: float
+    link_bandwidth: float
+    gpus_per_node: int = 8
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        for field in fields(self)[1:]:
+            if not getattr(self, field.name) > 0:
+                raise ValueError(f"{field.name} of a GPU must be more than 0, got {getattr(self, field.name)}")
+
+
+# From data sheets: NVLink, or PCIe for RTX cards; InfiniBand of a DGX of that time, or 100 Gbit/s per node.
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("V100-32GB", PEAK_TFLOPS["V100"], 15.7, 32 * GIB, 150, 6.25),
+        Gpu("A100-40GB", PEAK_TFLOPS["A100"], 19.5, 40 * GIB, 300, 25),
+        Gpu("A100-80GB", PEAK_TFLOPS["A100"], 19.5, 80 * GIB, 300, 25),
+        Gpu("H100-80GB", PEAK_TFLOPS["H100"], 67, 80 * GIB, 450, 50),
+        Gpu("H200-141GB", PEAK_TFLOPS["H200"], 67, 140 * GIB, 450, 50),
+        Gpu("RTX3090-24GB", PEAK_TFLOPS["RTX 3090"], 35.6, 24 * GIB, 32, 1.5),
+        Gpu("RTX4090-24GB", PEAK_TFLOPS["RTX 4090"], 82.6, 24 * GIB, 32, 1.5),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """
+    GPUs as they perform.
+
+    Attributes:
+        gpu: Their kind.
+        compute_efficiency: Share of the peak that layers reach while they compute.
+        link_efficiency: Share of a link's bandwidth that messages reach.
+    """
+
+    gpu: Gpu
+    compute_efficiency: float = COMPUTE_EFFICIENCY
+    link_efficiency: float = LINK_EFFICIENCY
+
+    def __post_init__(self) -> None:
+        """Check the shares."""
+        for name in ("compute_efficiency", "link_efficiency"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be more than 0 and at most 1, got {getattr(self, name)}")
+
+    def compute_seconds(self, operations: float, shape: Shape) -> float:
+        """Return the time that operations take, shared by the ranks of a layer."""
+        return operations / shape.parallel.tensor / (peak_tflops(self.gpu, shape) * 1e12 * self.compute_efficiency)
+
+    def send_seconds(self, num_bytes: float, kind: str, shape: Shape) -> float:
+        """Return the time that a GPU's bytes of one of `KINDS` take."""
+        bandwidth = self.gpu.node_bandwidth if is_in_node(kind, shape, self.gpu) else self.gpu.link_bandwidth
+        return num_bytes / (bandwidth * 1e9 * self.link_efficiency)
+
+
+def peak_tflops(gpu: Gpu, shape: Shape) -> float:
+    """Return the peak in the precision of a run."""
+    return gpu.tflops_fp32 if shape.precision == "fp32" else gpu.tflops
+
+
+def is_in_node(kind: str, shape: Shape, gpu: Gpu) -> bool:
+    """Tell whether no group of a kind has ranks on two nodes."""
+    parallel = shape.parallel
+    span = {"tensor": parallel.tensor, "data": parallel.tensor * parallel.data}.get(kind, parallel.world_size)
+    return parallel.world_size <= gpu.gpus_per_node or gpu.gpus_per_node % span == 0
+
+
+def layer_operations(shape: Shape) -> int:
+    """Return the operations of a layer's forward pass on a micro-batch, over its ranks."""
+    hidden, inner = shape.config.hidden_size, shape.config.intermediate_size
+    return shape.tokens * (2 * (4 * hidden**2 + 3 * hidden * inner) + 4 * hidden * shape.sequence)
+
+
+def head_operations(shape: Shape) -> int:
+    """Return the operations of the output matrix's forward pass on a micro-batch, over its ranks."""
+    return 2 * shape.num_targets * shape.config.vocab_size * shape.config.hidden_size
+
+
+def reduced_bytes(num_bytes: float, ranks: int) -> float:
+    """Return what a rank sends to all-reduce so many bytes."""
+    return 2 * (ranks - 1) * num_bytes / ranks
+
+
+def tensor_bytes(shape: Shape, stage: int, checkpointing: bool) -> tuple[float, float]:
+    """Return what a GPU sends within its layers for a micro-batch, in the forward and in the backward pass."""
+    config, ranks = shape.config, shape.parallel.tensor
+    layers = len(shape.parallel.stage_layers(config.num_hidden_layers)[stage])
+    once = 2 * layers * shape.state_bytes
+    forward, backward = once, once * (2 if checkpointing else 1)
+    if stage == 0:
+        forward += shape.state_bytes
+    if stage == shape.parallel.pipeline - 1:
+        forward += 3 * 4 * shape.num_targets
+        backward += shape.num_targets * config.hidden_size * shape.size
+    return reduced_bytes(forward, ranks), reduced_bytes(backward, ranks)
+
+
+def sent_bytes(shape: Shape, stage: int, checkpointing: bool) -> dict[str, float]:
+    """Return what a GPU of a stage sends in a step, by kind (module docstring)."""
+    config, parallel, count = shape.config, shape.parallel, shape.num_micro_batches
+    first, last = stage == 0, stage == parallel.pipeline - 1
+    parameters = sum(numbers for _, numbers in stage_parameters(shape, stage)) * shape.size
+    is_tied = config.tie_word_embeddings and parallel.pipeline > 1 and (first or last)
+    return {
+        "tensor": count * sum(tensor_bytes(shape, stage, checkpointing)),
+        "pipeline": count * ((not last) * forward_message(shape) + (not first) * shape.state_bytes),
+        "data": 1.5 * reduced_bytes(parameters, parallel.data),
+        "tied": is_tied * config.vocab_size // parallel.tensor * config.hidden_size * shape.size,
+    }
+
+
+def forward_message(shape: Shape) -> int:
+    """Return the bytes that a stage sends to the next for a micro-batch."""
+    return shape.state_bytes + 3 * 8 * shape.tokens
+
+
+def stage_seconds(shape: Shape, stage: int, checkpointing: bool, machine: Machine) -> tuple[float, float]:
+    """Return how long the forward and the backward pass of a micro-batch take on a stage."""
+    layers = len(shape.parallel.stage_layers(shape.config.num_hidden_layers)[stage])
+    forward = layers * layer_operations(shape)
+    backward = forward * (3 if checkpointing else 2)
+    if stage == shape.parallel.pipeline - 1:
+        forward += head_operations(shape)
+        backward += 2 * head_operations(shape)
+    sent = tensor_bytes(shape, stage, checkpointing)
+    return tuple(  # type: ignore[return-value]
+        machine.compute_seconds(operations, shape) + machine.send_seconds(num_bytes, "tensor", shape)
+        for operations, num_bytes in zip((forward, backward), sent, strict=True)
+    )

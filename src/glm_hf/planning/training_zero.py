@@ -1,0 +1,102 @@
+"""How DeepSpeed's ZeRO-1 cuts the optimizer, and what it holds while it averages gradients over copies of the model.
+
+An optimizer group is flat: its parameters one behind the other, cut in equal parts for the copies. At the end of a
+step gradients are averaged in buckets, group by group:
+
+    1. A gradient moves into the bucket, or stays where it is if it is larger than that. A full bucket is averaged.
+    2. What several copies update is sent together, joined in a new tensor, as much as a bucket would hold.
+    3. The gradients of parameters of which the copy itself updates any part are copied to a place for all of them.
+
+All sizes are in numbers of the model's dtype.
+
+Source: DeepSpeed 0.19, runtime/zero/stage_1_and_2.py.
+"""
+
+from itertools import accumulate, groupby
+from math import ceil
+
+from glm_hf.training.pipeline.engine import BUCKET_SIZE
+
+Slices = list[tuple[int, int]]  # (copy that updates it, numbers)
+
+
+def optimizer_groups(parameters: list[tuple[str, int]]) -> list[list[int]]:
+    """Return the numbers of parameters with weight decay and of those without, which are biases and norms."""
+    is_plain = [not name.endswith("bias") and "norm" not in name for name, _ in parameters]
+    return [
+        [numbers for (_, numbers), plain in zip(parameters, is_plain, strict=True) if plain is wanted]
+        for wanted in (True, False)
+    ]
+
+
+def partition_size(group: list[int], copies: int) -> int:
+    """Return the numbers of a group that one copy updates, padding included."""
+    return 2 * ceil(sum(group) / (2 * copies))
+
+
+def slices_of(group: list[int], copies: int) -> list[Slices]:
+    """Return who updates which part of every parameter of a group."""
+    width, found = partition_size(group, copies), []
+    for end, numbers in zip(accumulate(group), group, strict=True):
+        start = end - numbers
+        edges = [start, *range((start // width + 1) * width, end, width), end]
+        found.append([(edge // width, after - edge) for edge, after in zip(edges, edges[1:], strict=False)])
+    return found
+
+
+def touched_numbers(groups: list[list[int]], copies: int) -> list[int]:
+    """Return, for every copy, the numbers of all parameters of which it updates any part."""
+    touched = [0] * copies
+    for slices in (slices for group in groups for slices in slices_of(group, copies)):
+        for copy, _ in slices:
+            touched[copy] += _size(slices)
+    return touched
+
+
+def reducing_numbers(groups: list[list[int]], copies: int, bucket_size: int = BUCKET_SIZE) -> list[int]:
+    """Return, for every copy, the most that it holds while gradients are averaged, the gradients included."""
+    buckets = _buckets([slices for group in groups for slices in slices_of(group, copies)], bucket_size)
+    joined = [_joined(bucket, bucket_size) for bucket in buckets]
+    held = [sum(map(sum, groups)) + bucket_size] * copies
+    most, touched = list(held), touched_numbers(groups, copies)
+    has_place = [False] * copies
+    for bucket, extra in zip(buckets, joined, strict=True):
+        is_large = _size(bucket[0]) > bucket_size
+        moved = 0 if is_large else sum(map(_size, bucket))
+        held = [numbers - moved for numbers in held]
+        most = [max(known, numbers + extra) for known, numbers in zip(most, held, strict=True)]
+        for slices in bucket:
+            for copy, _ in slices:
+                held[copy] += 0 if has_place[copy] else touched[copy]
+                has_place[copy] = True
+                most[copy] = max(most[copy], held[copy])
+                held[copy] -= _size(slices) if is_large else 0
+    return most
+
+
+def _size(slices: Slices) -> int:
+    return sum(numbers for _, numbers in slices)
+
+
+def _buckets(parameters: list[Slices], bucket_size: int) -> list[list[Slices]]:
+    """Return the parameters that are averaged together."""
+    buckets: list[list[Slices]] = [[]]
+    for slices in parameters:
+        if buckets[-1] and sum(map(_size, buckets[-1])) + _size(slices) > bucket_size:
+            buckets.append([])
+        buckets[-1].append(slices)
+    return buckets
+
+
+def _joined(bucket: list[Slices], bucket_size: int) -> int:
+    """Return the largest tensor that is joined from the parts of several copies."""
+    parts = [part for slices in bucket for part in slices]
+    runs = [sum(numbers for _, numbers in same) for _, same in groupby(parts, key=lambda part: part[0])]
+    largest, joined = 0, []
+    for numbers in runs:
+        joined.append(numbers)
+        if len(joined) > 1:
+            largest = max(largest, sum(joined))
+        if sum(joined) > bucket_size:
+            joined = []
+    return largest

@@ -1,0 +1,1 @@
+"""How tensors are sharded over ranks, and ranks arranged."""

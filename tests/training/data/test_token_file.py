@@ -1,0 +1,212 @@
+"""Token files are read back by numpy alone, and their writer is stopped in every way a disk and a system can."""
+
+import errno
+import json
+import os
+import pickle
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from glm_hf.training.data import token_file
+from glm_hf.training.data.token_file import TokenFile, open_token_file, write_token_file
+
+FACTS = {"kind": "text", "source": "语料.jsonl"}
+PARTS = [[3, 1, 4], [1], [5, 9, 2, 6]]
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="starts processes by fork")
+
+
+def written(folder: Path, parts: list[list[int]] = PARTS, vocab_size: int = 10, **facts: object) -> TokenFile:
+    write_token_file(folder, [parts], FACTS | facts, vocab_size)
+    return open_token_file(folder)
+
+
+def parts_of(corpus: TokenFile) -> list[list[int]]:
+    return [part.tolist() for part in np.split(corpus.tokens, corpus.boundaries[1:-1])]
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return tmp_path / "cache" / "corpus"
+
+
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(1 << 16, "<u2"), ((1 << 16) + 1, "<i4"), (150528, "<i4")])
+def test_parts_come_back_in_the_smallest_dtype_that_holds_the_vocabulary(folder, vocab_size, dtype):
+    parts = [[0, 1, vocab_size - 1], [vocab_size - 2], [7] * 5]
+    corpus = written(folder, parts, vocab_size)
+    assert parts_of(corpus) == parts
+    assert corpus.tokens.dtype == np.dtype(dtype)
+    stored = np.fromfile(folder / "tokens.bin", dtype)
+    assert stored.tolist() == [token for part in parts for token in part]
+    assert np.load(folder / "boundaries.npy").tolist() == [0, 3, 4, 9]
+
+
+def test_batches_follow_each_other(folder):
+    write_token_file(folder, iter([PARTS[:1], [], PARTS[1:]]), FACTS, 10)
+    assert parts_of(open_token_file(folder)) == PARTS
+
+
+def test_files_say_what_they_hold(folder):
+    corpus = written(folder)
+    facts = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
+    assert facts == {**FACTS, "format": 1, "dtype": "<u2", "num_tokens": 8, "vocab_size": 10} == corpus.facts
+    assert {path.name for path in folder.iterdir()} == {"tokens.bin", "boundaries.npy", "corpus.json"}
+
+
+@pytest.mark.parametrize(("kind", "number"), [("text", 4), ("instructions", 2)])
+def test_a_document_is_a_part_and_an_instruction_two(folder, kind, number):
+    assert written(folder, [[1], [2], [3], [4]], kind=kind).num_documents == number
+
+
+def test_tokens_are_mapped_and_cannot_be_changed(folder):
+    corpus = written(folder)
+    assert isinstance(corpus.tokens, np.memmap)
+    with pytest.raises(ValueError, match="read-only"):
+        corpus.tokens[0] = 1
+
+
+def test_the_folder_is_as_readable_as_others(folder):
+    written(folder)
+    assert folder.stat().st_mode == folder.parent.stat().st_mode
+
+
+@needs_fork
+def test_a_copy_in_another_process_reads_the_same(folder):
+    corpus = written(folder)
+    with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
+        assert pool.submit(parts_of, corpus).result() == PARTS
+
+
+def test_a_pickle_is_small_however_large_the_corpus(folder):
+    corpus = written(folder, [[1] * 1000] * 100)
+    pickled = pickle.dumps(corpus)
+    assert len(pickled) < 1000
+    copy = pickle.loads(pickled)
+    assert isinstance(copy.tokens, np.memmap)
+    assert parts_of(copy) == parts_of(corpus)
+
+
+def test_a_new_corpus_replaces_an_old_one(folder):
+    old = written(folder)
+    (folder / "left over").touch()
+    new = written(folder, [[8, 8]])
+    assert parts_of(new) == [[8, 8]]
+    assert parts_of(old) == PARTS  # who has it open goes on reading
+    assert not (folder / "left over").exists()
+    assert [path.name for path in folder.parent.iterdir()] == ["corpus"]
+
+
+def full_disk(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def fill_disk(monkeypatch, stage: str) -> None:
+    """Let the disk be full from one step of writing on."""
+    if stage == "tokens":
+        open_file = Path.open
+        monkeypatch.setattr(
+            Path, "open", lambda path, *mode: open_file(Path("/dev/full") if path.suffix == ".bin" else path, *mode)
+        )
+    elif stage == "sync":
+        monkeypatch.setattr(token_file.os, "fsync", full_disk)
+    else:
+        monkeypatch.setattr(token_file.np, "save", full_disk)
+
+
+@pytest.mark.parametrize("is_replaced", [False, True])
+@pytest.mark.parametrize("stage", ["tokens", "sync", "boundaries"])
+def test_a_full_disk_is_an_error_that_leaves_nothing_new(folder, monkeypatch, stage, is_replaced):
+    if stage == "tokens" and not Path("/dev/full").exists():
+        pytest.skip("no /dev/full, which every write to fails")
+    if is_replaced:
+        written(folder)
+    with monkeypatch.context() as patch:
+        fill_disk(patch, stage)
+        with pytest.raises(OSError, match="No space left on device"):
+            write_token_file(folder, [[[1] * 100_000]], FACTS, 10)
+    assert [path.name for path in folder.parent.iterdir()] == ["corpus"] * is_replaced
+    if is_replaced:
+        assert parts_of(open_token_file(folder)) == PARTS
+
+
+@pytest.mark.parametrize("error", [ValueError("record 2"), KeyboardInterrupt()])
+def test_a_source_that_fails_leaves_nothing(folder, error):
+    def parts() -> Iterator[list[list[int]]]:
+        yield PARTS
+        raise error
+
+    with pytest.raises(type(error)):
+        write_token_file(folder, parts(), FACTS, 10)
+    assert not list(folder.parent.iterdir())
+
+
+@needs_fork
+def test_a_writer_that_is_killed_leaves_no_corpus_and_stands_in_nobodys_way(folder):
+    def parts() -> Iterator[list[list[int]]]:
+        yield [[1] * 100_000]
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    child = os.fork()
+    if not child:
+        write_token_file(folder, parts(), FACTS, 10)
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    assert not folder.exists()
+    assert parts_of(written(folder)) == PARTS
+
+
+def test_an_id_that_its_dtype_cannot_hold_is_an_error(folder):
+    with pytest.raises(OverflowError):
+        written(folder, [[1 << 16]], vocab_size=10)
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "boundaries.npy", "corpus.json"])
+def test_a_file_that_is_not_there_is_named(folder, name):
+    written(folder)
+    (folder / name).unlink()
+    with pytest.raises(FileNotFoundError, match=name):
+        open_token_file(folder)
+
+
+@pytest.mark.parametrize("size", [0, 1, 15, 17, 32])
+def test_tokens_of_another_size_are_an_error(folder, size):
+    written(folder)
+    os.truncate(folder / "tokens.bin", size)
+    with pytest.raises(ValueError, match=f"corpus is damaged: 8 tokens expected, {size} bytes found; tokenize it"):
+        open_token_file(folder)
+
+
+def test_boundaries_of_other_tokens_are_an_error(folder):
+    written(folder)
+    np.save(folder / "boundaries.npy", np.array([0, 3, 9]))
+    with pytest.raises(ValueError, match="corpus is damaged: 8 tokens expected"):
+        open_token_file(folder)
+
+
+@pytest.mark.parametrize("size", [0, 10, 130])
+def test_truncated_boundaries_are_an_error(folder, size):
+    written(folder)
+    os.truncate(folder / "boundaries.npy", size)
+    with pytest.raises(ValueError, match="corpus is not a tokenized corpus: "):
+        open_token_file(folder)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"dtype": "<u2"}', '{"dtype": "no", "num_tokens": 8}'])
+def test_a_damaged_corpus_json_is_an_error(folder, content):
+    written(folder)
+    (folder / "corpus.json").write_text(content)
+    with pytest.raises(ValueError, match="corpus is not a tokenized corpus: "):
+        open_token_file(folder)
+
+
+def test_a_folder_of_another_format_is_refused(folder):
+    written(folder)
+    facts = json.loads((folder / "corpus.json").read_text())
+    (folder / "corpus.json").write_text(json.dumps(facts | {"format": 2}))
+    with pytest.raises(ValueError, match="has format 2, this version reads 1; tokenize it again"):
+        open_token_file(folder)

@@ -1,0 +1,1 @@
+"""3D-parallel training on DeepSpeed's pipeline engine."""

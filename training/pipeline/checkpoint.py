@@ -1,0 +1,174 @@
+"""Checkpoints of 3D-parallel training: DeepSpeed's, which a run goes on from with any degrees of parallelism.
+
+Layout of a checkpoint, besides what the trainer adds:
+    config.json        the model
+    parallel.json      the degrees it was saved with
+    latest             the name of the folder of DeepSpeed's files:
+    global_stepN/      layer_*: weights, a file per part of the model and tensor-parallel rank, in the training's dtype
+                       mp_rank_*: the engine's state; *_optim_states.pt: fp32 weights and moments, cut by ZeRO
+    global_stepN_universal/   the same cut by nothing, made when a run with other degrees goes on from here
+
+Files are read as tensors and a short list of plain types; a file that would run code is refused.
+"""
+
+import collections
+import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed as dist
+
+from glm_hf.configuration_glm import GLMConfig
+from glm_hf.folders.model_folder import read_json, require_files
+from glm_hf.sharding.degrees import Parallel
+from glm_hf.sharding.rules import GATED, REPLICATED, ROW, SHARD_RULES, ShardRule
+
+PARALLEL_FILE = "parallel.json"
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+LONGEST_CONVERSION = timedelta(days=2)
+
+
+def save_engine(engine: Any, folder: Path, step: int) -> None:
+    """Write a checkpoint to a folder that all processes share; all of them call this."""
+    pipeline = engine.module
+    pipeline.universal_checkpoint_info = universal_info(pipeline.config)
+    engine.save_checkpoint(str(folder), tag=f"global_step{step}")
+    if dist.get_rank() == 0:
+        pipeline.config.dtype = pipeline.dtype
+        pipeline.config.save_pretrained(folder)
+        degrees = {name: getattr(pipeline.parallel, name) for name in ("tensor", "pipeline", "data", "partition")}
+        (folder / PARALLEL_FILE).write_text(json.dumps(degrees) + "\n")
+        for script in folder.glob("zero_to_*.py"):
+            script.unlink()  # which DeepSpeed adds, and which knows nothing of pipelines
+
+
+def require_own(folder: Path, config: GLMConfig) -> None:
+    """
+    Check that a folder holds a checkpoint of 3D-parallel training of a model.
+
+    Raises:
+        FileNotFoundError: If it does not exist.
+        ValueError: If it holds something else, or the checkpoint of another model.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no checkpoint {folder}")
+    if not (folder / PARALLEL_FILE).is_file():
+        raise ValueError(
+            f"{folder} is no checkpoint of 3D-parallel training; to begin with its weights, give it as the model"
+        )
+    require_files(folder, ("config.json", "latest"))
+    saved = GLMConfig.from_dict(read_json(folder / "config.json"))
+    for name in (*SIZES, "tie_word_embeddings"):
+        there, here = getattr(saved, name), getattr(config, name)
+        if there != here:
+            raise ValueError(f"{folder} is of another model: its {name} is {there}, but here it is {here}")
+
+
+def load_engine(engine: Any, folder: Path, parallel: Parallel) -> None:
+    """
+    Read weights and optimizer from a checkpoint, with the degrees of parallelism it was saved with or others.
+
+    Args:
+        engine: To be filled.
+        folder: On a file system that all processes share.
+        parallel: Of this run.
+
+    Raises:
+        ValueError: If a file is damaged, or holds more than tensors and plain types.
+    """
+    tag = (folder / "latest").read_text().strip()
+    is_same = Parallel.of(read_json(folder / PARALLEL_FILE)) == parallel
+    if not is_same:
+        tag = _make_universal(folder, tag)
+    engine._config.load_universal_checkpoint = not is_same
+    with only_plain_types(), torch.no_grad():
+        engine.load_checkpoint(str(folder), tag=tag, load_lr_scheduler_states=False)
+
+
+def _make_universal(folder: Path, tag: str) -> str:
+    """Let the first process cut a checkpoint by nothing, unless that has been done, and return the result's name."""
+    universal = f"{tag}_universal"
+    store = dist.PrefixStore(f"glm_hf.{universal}", dist.distributed_c10d._get_default_store())
+    if dist.get_rank() == 0:
+        if not (folder / universal).is_dir():
+            convert_to_universal(folder / tag, folder / universal)
+        store.set("done", "")
+    store.wait(["done"], LONGEST_CONVERSION)
+    return universal
+
+
+def convert_to_universal(src: Path, dst: Path) -> None:
+    """Cut DeepSpeed's files by nothing, in a process of its own; the folder appears when it is complete."""
+    partial = dst.with_name(f".{dst.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    command = [sys.executable, "-m", "glm_hf.training.pipeline.checkpoint", str(src), str(partial)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip() or "no reason given").splitlines()[-1]
+        raise ValueError(f"{src} cannot be cut for other degrees of parallelism: {reason}")
+    partial.rename(dst)
+    (dst.parent / "latest_universal").write_text(dst.name)  # which had the other name
+
+
+def universal_info(config: GLMConfig) -> dict[str, Any]:
+    """Return what DeepSpeed has to know of a pipeline's parameters to join what was cut, from the shard rules."""
+
+    def patterns(wanted: ShardRule) -> list[str]:
+        names = [name for name, rule in SHARD_RULES.items() if rule == wanted and not name.startswith("model.")]
+        return [rf"\d+\.{name.replace('.', '[.]')}$" for name in names]
+
+    norm = config.num_hidden_layers + 1
+    return {
+        "universal_checkpoint_version": 0.2,
+        "parameter_with_row_parallelism_patterns": patterns(ROW),
+        "parameter_with_2_sub_params_cat_dim_0": patterns(GATED),
+        "tp_replicated_parameter_patterns": [*patterns(REPLICATED), rf"{norm}\.(weight|bias)$"],
+        "pipeline_replicated_parameter_patterns": [r"tied_modules\."],
+    }
+
+
+@contextmanager
+def only_plain_types() -> Iterator[None]:
+    """Let DeepSpeed, which unpickles whatever a file holds, read nothing but tensors and the types it writes."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    known = [collections.OrderedDict, DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+    try:
+        with torch.serialization.safe_globals(known):
+            yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def main() -> None:
+    """Cut the files in one folder by nothing, and write them to another."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    src, dst = sys.argv[1:]
+    workers = max(1, min(8, (os.cpu_count() or 1) // 2))
+    settings = ["--num_extract_workers", str(workers), "--num_merge_workers", str(workers)]
+    sys.argv[1:] = ["--input_folder", src, "--output_folder", dst, *settings]
+    multiprocessing.set_start_method("fork")  # so that workers know the plain types
+    with only_plain_types():
+        ds_to_universal.main(ds_to_universal.parse_arguments())
+
+
+if __name__ == "__main__":
+    main()
