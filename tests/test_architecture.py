@@ -7,84 +7,142 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROOMS = {"glm_hf": "src/glm_hf", "conversion": "conversion", "training": "training", "quantization": "quantization"}
-FILES = {room: sorted((ROOT / folder).glob("*.py")) for room, folder in ROOMS.items()}
-# What each room may import of ours. `glm_hf` stands for the files of the model, `facade` for its __init__ and command.
-ARROWS = {
-    "glm_hf": set(),
-    "facade": {"glm_hf", "quantization", "conversion", "training"},
-    "quantization": set(),
-    "conversion": {"glm_hf", "quantization.functional"},
-    "training": {"glm_hf", "conversion.shard_rules"},
-}
+PACKAGE = ROOT / "src" / "glm_hf"
+# The rooms from top to bottom: a room imports itself and what lies below it, nothing beside it or above.
+ORDER = (
+    ("glm_hf", "cli"),
+    ("planning",),
+    ("training",),
+    ("conversion",),
+    ("quantization",),
+    ("hub", "pipelines"),
+    ("folders", "sharding"),
+    ("model",),
+)
+MOST_FILES = 12
+MOST_LINES = 400
+LONGEST = {"modeling_glm.py": 600}
 # Files of what cannot be defined without an optional package; they are imported where they are used.
-DEFERRED = {
-    "kernels_triton.py": "glm_hf.quantization.kernels_triton",
-    "pipeline_model.py": "glm_hf.training.pipeline.model",
-}
+DEFERRED = {"glm_hf.quantization.kernels_triton", "glm_hf.training.pipeline.model"}
 OPTIONAL = {"triton", "deepspeed", "peft", "lm_eval", "datasets", "sentencepiece", "matplotlib", "trl"}
 
 
-def imports_of(path: Path, top_level_only: bool = False) -> set[str]:
-    tree = ast.parse(path.read_text())
+def find_modules() -> dict[str, Path]:
+    """Return all files of the package by the names they are imported by, through the links to the other rooms."""
+    found = {}
+    for folder, _, names in os.walk(PACKAGE, followlinks=True):
+        for path in (Path(folder) / name for name in names if name.endswith(".py")):
+            parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return dict(sorted(found.items()))
+
+
+MODULES = find_modules()
+all_modules = pytest.mark.parametrize("module", MODULES)
+
+
+def travels(module: str) -> bool:
+    """Tell whether a file is one of those that `export-hub` puts beside the weights."""
+    return module.count(".") == 1 and module.endswith("_glm")
+
+
+def room_of(module: str) -> str:
+    """Return the room of a file: "model" for what travels, "glm_hf" for the package's own __init__."""
+    return "model" if travels(module) else module.split(".")[min(1, module.count("."))]
+
+
+def level_of(module: str) -> int:
+    return next(level for level, rooms in enumerate(ORDER) if room_of(module) in rooms)
+
+
+def statements_of(tree: ast.Module, top_level_only: bool) -> Iterator[ast.AST]:
+    """Yield the statements of a file, without those for type checkers alone."""
+    for node in ast.iter_child_nodes(tree) if top_level_only else ast.walk(tree):
+        if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+            yield node
+
+
+def imports_of(module: str, top_level_only: bool = False) -> set[str]:
+    """Return what a file imports, by absolute names: of ours the modules, of other packages their names."""
     found = set()
-    for node in tree.body if top_level_only else ast.walk(tree):
+    for node in statements_of(ast.parse(MODULES[module].read_text()), top_level_only):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found.add("." * node.level + (node.module or ""))
+            source = f"glm_hf.{node.module}" if node.level else node.module or ""
+            names = {f"{source}.{alias.name}" for alias in node.names} - {
+                "glm_hf.__version__"
+            }  # which imports nothing
+            found |= {name if name in MODULES else source for name in names}
     return found
 
 
-def all_files() -> list:
-    return [pytest.param(room, path, id=f"{room}/{path.name}") for room, paths in FILES.items() for path in paths]
+def ours(names: set[str]) -> set[str]:
+    return {name for name in names if name.split(".")[0] == "glm_hf"}
 
 
-@pytest.mark.parametrize(("room", "path"), all_files())
-def test_arrows_point_downwards(room, path):
-    is_facade = path.name in ("__init__.py", "cli.py", "cli_training.py") and room == "glm_hf"
-    allowed = ARROWS["facade" if is_facade else room]
-    for name in imports_of(path):
-        if not name.startswith("glm_hf"):
-            continue
-        assert room != "glm_hf" or is_facade, f"{path.name} must import its neighbours by `from .x import y`: {name}"
-        target = name.removeprefix("glm_hf").removeprefix(".")
-        target_room = target.split(".")[0] if target.split(".")[0] in ROOMS else "glm_hf"
-        assert target_room == room or target_room in allowed or target in allowed, f"{path.name} imports {name}"
+@all_modules
+def test_arrows_point_downwards(module):
+    for name in ours(imports_of(module)):
+        assert name in MODULES, name
+        same_room = room_of(name) == room_of(module)
+        assert same_room or level_of(name) > level_of(module), f"{module} imports {name}"
 
 
-@pytest.mark.parametrize(
-    "path", [path for path in FILES["glm_hf"] if path.name.endswith("_glm.py")], ids=lambda p: p.name
-)
-def test_model_files_are_flat(path):
-    for name in imports_of(path):
-        level = len(name) - len(name.lstrip("."))
-        assert level <= 1, name
-        assert not level or "." not in name[1:], name
+@all_modules
+def test_nothing_inside_imports_the_package_itself(module):
+    if room_of(module) not in ("glm_hf", "cli"):
+        assert "glm_hf" not in imports_of(module)
 
 
-@pytest.mark.parametrize(("room", "path"), all_files())
-def test_optional_packages_are_imported_where_they_are_used(room, path):
-    if path.name in DEFERRED:
-        return
-    assert not OPTIONAL & {name.split(".")[0] for name in imports_of(path, top_level_only=True)}
+def test_imports_go_in_no_circle():
+    waiting = {module: ours(imports_of(module)) - {module} for module in MODULES if module != "glm_hf"}
+    while leaves := [module for module, names in waiting.items() if not names & set(waiting)]:
+        for module in leaves:
+            del waiting[module]
+    assert not waiting, f"circles among {sorted(waiting)}"
 
 
-@pytest.mark.parametrize(("room", "path"), all_files())
-def test_files_keep_to_one_subject(room, path):
-    limit = 600 if path.name == "modeling_glm.py" else 400
-    assert len(path.read_text().splitlines()) <= limit
+@pytest.mark.parametrize("module", filter(travels, MODULES))
+def test_files_that_travel_are_flat(module):
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("glm_hf")):
+            assert node.level == 1, f"{module} must import its neighbours by `from .x import y`"
+            assert "." not in (node.module or "")
 
 
-@pytest.mark.parametrize("path", FILES["quantization"] + FILES["training"], ids=lambda path: path.name)
-def test_files_of_optional_packages_are_imported_where_they_are_used(path):
-    if path.name not in ("stage_weights.py", "stage_folder.py"):  # of the pipeline, and deferred as it is
-        assert not set(DEFERRED.values()) & imports_of(path, top_level_only=True)
+@all_modules
+def test_only_files_that_travel_are_named_so(module):
+    assert travels(module) or not module.endswith("_glm")
+
+
+@all_modules
+def test_optional_packages_are_imported_where_they_are_used(module):
+    if module not in DEFERRED:
+        assert not OPTIONAL & {name.split(".")[0] for name in imports_of(module, top_level_only=True)}
+
+
+@all_modules
+def test_files_of_optional_packages_are_imported_where_they_are_used(module):
+    if module not in ("glm_hf.training.pipeline.weights", "glm_hf.training.pipeline.folder"):  # deferred as they are
+        assert not DEFERRED & imports_of(module, top_level_only=True)
+
+
+@all_modules
+def test_files_keep_to_one_subject(module):
+    path = MODULES[module]
+    assert len(path.read_text().splitlines()) <= LONGEST.get(path.name, MOST_LINES)
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent for path in MODULES.values()}), ids=lambda path: path.name)
+def test_folders_can_be_seen_at_a_glance(folder):
+    assert len([path for path in folder.glob("*.py") if path.name != "__init__.py"]) <= MOST_FILES
 
 
 def test_import_needs_no_optional_package():
@@ -118,7 +176,7 @@ def test_public_names_are_there(module):
 
 
 WORLD_FACTS = {
-    "LICENSE", "__init__.py", "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors",
+    "LICENSE", "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors",
     "tokenizer.json", "tokenizer_config.json",
 }  # fmt: skip
 
@@ -136,19 +194,19 @@ def test_wheel_contains_every_room_and_nothing_else(tmp_path, has_compiler):
             target = tmp_path / "source" / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, target)
+        elif (ROOT / name).is_symlink():
+            target = tmp_path / "source" / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.symlink_to((ROOT / name).readlink())
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "."]
     environment = dict(os.environ) if has_compiler else os.environ | {"CC": "no-such-compiler"}
     subprocess.run([*command, "--wheel-dir", tmp_path / "wheel"], cwd=tmp_path / "source", check=True, env=environment)
     [wheel] = (tmp_path / "wheel").glob("*.whl")
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    expected = {"glm_hf/py.typed"}
+    expected = {"glm_hf/py.typed"} | {str(path.relative_to(PACKAGE.parent)) for path in MODULES.values()}
     if has_compiler:
         expected.add("glm_hf/quantization/_kernels_cpu.abi3.so")
         assert "-cp311-abi3-" in wheel.name
-    for room, folder in ROOMS.items():
-        package = "glm_hf" if room == "glm_hf" else f"glm_hf/{room}"
-        tracked = [Path(name) for name in sources if Path(name).parent == Path(folder) and name.endswith(".py")]
-        expected |= {f"{package}/{path.name}" for path in tracked}
     expected |= {f"glm_hf/world_facts/{name}" for name in WORLD_FACTS}
     assert sum((ROOT / "examples/world_facts/model" / name).stat().st_size for name in WORLD_FACTS) <= 8_000_000
     assert names == expected

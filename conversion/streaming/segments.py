@@ -22,7 +22,7 @@ from typing import Any, Protocol
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from glm_hf._version import __version__
+from glm_hf import __version__
 from glm_hf.conversion.streaming.blocks import progress_bar, read_ahead
 from glm_hf.folders.atomic import require_space, require_vacant, sync, sync_tree
 from glm_hf.folders.model_folder import read_json

@@ -1,39 +1,93 @@
-"""GLM-130B as a first-class Hugging Face model: importing the package registers it with transformers."""
+"""GLM-130B as a first-class Hugging Face model: importing the package registers it with transformers.
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-)
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+The names below are imported when they are asked for. In a process of the `glm-hf` command the registration waits until
+a subcommand needs it, so that help and plans need no model.
+"""
 
-from glm_hf._version import __version__
-from glm_hf.configuration_glm import GLMConfig
-from glm_hf.modeling_glm import GLMForBlankInfilling, GLMForMaskedLM, GLMModel
-from glm_hf.pipelines.fill_mask import BlankInfillingPipeline, register_pipelines
-from glm_hf.quantization import GLMQuantizationConfig
-from glm_hf.quantization.quantizer import register_quantizer
-from glm_hf.tokenization_glm import GLMTokenizer
-from glm_hf.versions_glm import AutoModelForDecision
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-AutoConfig.register("glm130b", GLMConfig, exist_ok=True)
-AutoModel.register(GLMConfig, GLMModel, exist_ok=True)
-AutoModelForCausalLM.register(GLMConfig, GLMForBlankInfilling, exist_ok=True)
-MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.update(  # where `Trainer` looks up whether label smoothing shifts labels
-    glm130b="GLMForBlankInfilling",
-    glm130b_in_fsdp="FSDPGLMForBlankInfilling",  # what FSDP makes of its name
-    glm130b_behind_prefix="GLMModel",  # what it finds under PEFT's prefix tuning
-)
-AutoModelForSeq2SeqLM.register(GLMConfig, GLMForBlankInfilling, exist_ok=True)
-AutoModelForMaskedLM.register(GLMConfig, GLMForMaskedLM, exist_ok=True)
-if AutoModelForDecision is not None:
-    AutoModelForDecision.register(GLMConfig, GLMForBlankInfilling, exist_ok=True)  # where `transformers serve` looks
-AutoTokenizer.register(GLMConfig, tokenizer_class=GLMTokenizer, exist_ok=True)
-register_pipelines()
-register_quantizer()
+if TYPE_CHECKING:
+    from glm_hf import conversion, quantization, training
+    from glm_hf.configuration_glm import GLMConfig
+    from glm_hf.modeling_glm import GLMForBlankInfilling, GLMForMaskedLM, GLMModel
+    from glm_hf.pipelines.fill_mask import BlankInfillingPipeline
+    from glm_hf.quantization.configuration import GLMQuantizationConfig
+    from glm_hf.tokenization_glm import GLMTokenizer
+
+__version__ = "0.1.0"
+
+MODULES = {
+    "BlankInfillingPipeline": "glm_hf.pipelines.fill_mask",
+    "GLMConfig": "glm_hf.configuration_glm",
+    "GLMForBlankInfilling": "glm_hf.modeling_glm",
+    "GLMForMaskedLM": "glm_hf.modeling_glm",
+    "GLMModel": "glm_hf.modeling_glm",
+    "GLMQuantizationConfig": "glm_hf.quantization.configuration",
+    "GLMTokenizer": "glm_hf.tokenization_glm",
+}
+"""Where the public names are defined."""
+
+ROOMS = ("conversion", "quantization", "training")
+"""Public modules, importable as attributes of the package."""
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name or module, and keep it."""
+    if name in MODULES:
+        value = getattr(import_module(MODULES[name]), name)
+    elif name in ROOMS:
+        value = import_module(f"glm_hf.{name}")
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """Return the names of the package, those included that are not imported yet."""
+    return sorted({*globals(), *MODULES, *ROOMS})
+
+
+def register() -> None:
+    """Make GLM known to transformers' Auto classes, pipelines and quantizers; harmless when repeated."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    from glm_hf.configuration_glm import GLMConfig
+    from glm_hf.modeling_glm import GLMForBlankInfilling, GLMForMaskedLM, GLMModel
+    from glm_hf.pipelines.fill_mask import register_pipelines
+    from glm_hf.quantization.quantizer import register_quantizer
+    from glm_hf.tokenization_glm import GLMTokenizer
+    from glm_hf.versions_glm import AutoModelForDecision
+
+    transformers.AutoConfig.register("glm130b", GLMConfig, exist_ok=True)
+    transformers.AutoModel.register(GLMConfig, GLMModel, exist_ok=True)
+    transformers.AutoModelForCausalLM.register(GLMConfig, GLMForBlankInfilling, exist_ok=True)
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.update(  # where `Trainer` looks up whether label smoothing shifts labels
+        glm130b="GLMForBlankInfilling",
+        glm130b_in_fsdp="FSDPGLMForBlankInfilling",  # what FSDP makes of its name
+        glm130b_behind_prefix="GLMModel",  # what it finds under PEFT's prefix tuning
+    )
+    transformers.AutoModelForSeq2SeqLM.register(GLMConfig, GLMForBlankInfilling, exist_ok=True)
+    transformers.AutoModelForMaskedLM.register(GLMConfig, GLMForMaskedLM, exist_ok=True)
+    if AutoModelForDecision is not None:  # where `transformers serve` looks
+        AutoModelForDecision.register(GLMConfig, GLMForBlankInfilling, exist_ok=True)
+    transformers.AutoTokenizer.register(GLMConfig, tokenizer_class=GLMTokenizer, exist_ok=True)
+    register_pipelines()
+    register_quantizer()
+
+
+def _is_command() -> bool:
+    """Tell whether this process is `glm-hf` or `python -m glm_hf.cli`, in which nothing but the command runs."""
+    [program] = sys.argv[:1] or [""]
+    return Path(program).stem == "glm-hf" or (program == "-m" and "glm_hf.cli" in sys.orig_argv)
+
+
+if not _is_command():
+    register()
 
 __all__ = [
     "BlankInfillingPipeline",
@@ -44,4 +98,7 @@ __all__ = [
     "GLMQuantizationConfig",
     "GLMTokenizer",
     "__version__",
+    "conversion",
+    "quantization",
+    "training",
 ]

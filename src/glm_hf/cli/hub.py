@@ -1,0 +1,21 @@
+"""Subcommand `export-hub`."""
+
+import argparse
+from typing import Any
+
+from glm_hf.cli.commands import add_command, add_folders
+
+
+def add_export_hub(commands: Any) -> None:
+    """Add `export-hub`."""
+    command = add_command(commands, "export-hub", export_hub, "Make a model folder that loads without glm_hf.")
+    add_folders(command, "folder of a model with its tokenizer")
+    command.add_argument("--push-to", metavar="REPO", help="Hub repository to upload it to, owner/name")
+
+
+def export_hub(options: argparse.Namespace) -> None:
+    """Run `export-hub`."""
+    from glm_hf.hub.export import export_hub_folder
+
+    export_hub_folder(options.src, options.dst, push_to=options.push_to)
+    print(options.dst)
