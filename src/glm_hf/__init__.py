@@ -9,6 +9,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from glm_hf.deprecated.modules import find_renamed_modules
+
 if TYPE_CHECKING:
     from glm_hf import conversion, quantization, training
     from glm_hf.configuration_glm import GLMConfig
@@ -86,6 +88,7 @@ def _is_command() -> bool:
     return Path(program).stem == "glm-hf" or (program == "-m" and "glm_hf.cli" in sys.orig_argv)
 
 
+find_renamed_modules()
 if not _is_command():
     register()
 
