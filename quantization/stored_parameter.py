@@ -265,6 +265,22 @@ class StoredWeight(nn.Module):
             if not isinstance(parameter, (DTensor, StoredParameter)):
                 self._parameters[name] = known.setdefault(parameter, StoredParameter(parameter))
 
+    def require_loaded(self, model: nn.Module) -> None:
+        """Raise ValueError if not all parameters were loaded into this layer of `model`; those on meta lie on disk."""
+        for name, parameter in self.named_parameters(recurse=False):
+            if not getattr(parameter, "_is_hf_initialized", False) and not parameter.is_meta:
+                path = next(path for path, module in model.named_modules() if module is self)
+                raise ValueError(f"{path}.{name} of a quantized model was not loaded; make the folder again")
+
+    def uncounted_weights(self) -> list[tuple[nn.Parameter, int]]:
+        """Return by how much parameters that ranks share stand for more weights than elements, or for fewer."""
+        weight, weight_scale = self._parameters["weight"], self._parameters["weight_scale"]
+        assert weight is not None, "a quantized layer has both"
+        assert weight_scale is not None, "a quantized layer has both"
+        if not isinstance(weight, DTensor):
+            return []
+        return [(weight, weight.numel() * (weight.dtype == torch.uint8)), (weight_scale, -weight_scale.numel())]
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Apply `fn` to all tensors, but of codes and scales keep dtype and values."""
         stored = {id(self._parameters[name]) for name in ("weight", "weight_scale")}

@@ -60,7 +60,7 @@ def register() -> None:
 
     from glm_hf.configuration_glm import GLMConfig
     from glm_hf.modeling_glm import GLMForBlankInfilling, GLMForMaskedLM, GLMModel
-    from glm_hf.pipelines.fill_mask import register_pipelines
+    from glm_hf.pipelines import register_pipelines
     from glm_hf.quantization.quantizer import register_quantizer
     from glm_hf.tokenization_glm import GLMTokenizer
     from glm_hf.versions_glm import AutoModelForDecision

@@ -7,8 +7,6 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
-from .peft_glm import register_with_peft
-
 # Scaled variants whose frequencies depend on the sequence length would change keys already in the cache.
 STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
@@ -97,12 +95,7 @@ class GLMConfig(PreTrainedConfig):
         return self.hidden_size // self.num_attention_heads
 
     def to_dict(self) -> dict[str, Any]:
-        """
-        Return the fields, `auto_map` only if it names something.
-
-        PEFT asks for them before it looks a model up in its tables, where GLM then stands.
-        """
-        register_with_peft()
+        """Return the fields, `auto_map` only if it names something."""
         fields = super().to_dict()
         return fields if fields["auto_map"] else {name: fields[name] for name in fields if name != "auto_map"}
 

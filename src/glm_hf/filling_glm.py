@@ -1,15 +1,20 @@
-"""The filling of blanks on top of `generate`: one blank of every text after another, spliced in where its mask was."""
+"""The filling of blanks on top of `generate`: one blank of every text after another, spliced in where its mask was.
 
-from collections.abc import Iterable, Sequence
+`fill_in_turn` is the one loop, of `fill_blanks`, of the fill-mask pipeline and of the command. Texts with several
+blanks leave the batch when theirs are filled, and the context window may limit answers to different lengths; what a
+caller says of row 3 still reaches the text that was row 3, by `arguments_of_rows`.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from .configuration_glm import GLMConfig
 from .generation_glm import GLMGenerationMixin
-from .infilling_glm import mask_token_ids, prepare_context, splice_blank
-from .prompts_glm import pad_left, suppress_blanks, unpad
-from .rows_glm import arguments_of_rows
+from .infilling_glm import mask_token_ids, pad_left, prepare_context, splice_blank, suppress_blanks, unpad
 
 
 @dataclass(frozen=True)
@@ -57,35 +62,27 @@ class BlankGenerationMixin(GLMGenerationMixin):
             input_ids: `(B, L)` token ids, or a list of id lists of any lengths.
             attention_mask: `(B, L)`, 1 or True on tokens, if `input_ids` is a padded tensor; by default every token is
                 one but the pad token.
-            **generate_kwargs: For `generate`, which also heeds `generation_config`. `max_new_tokens` counts per blank
-                (128 unless given) and `max_length` per text and blank, without padding; both are cut to what the
-                model's `max_position_embeddings` leave. A blank always ends at `eop` and `</s>`.
+            **generate_kwargs: Arguments of `generate`, which also heeds `generation_config`. `max_new_tokens` counts
+                per blank (128 unless given) and `max_length` per text and blank, without padding; both are limited to
+                what the model's `max_position_embeddings` leave. A blank always ends at `eop` and `</s>`.
 
         Returns:
-            Sequences, blanks and scores. The logits of every step are kept to compute scores: `V` fp32 numbers each.
+            Sequences, blanks and scores. The logits of every step are kept to compute scores: `V` fp32 values each.
 
         Raises:
             ValueError: If a text is empty, has only masks, mixes kinds of masks, contains `sop` or is too long.
         """
         texts = unpad(input_ids, attention_mask, self.config.pad_token_id)
-        contexts = [prepare_context(text, self.config) for text in texts]
-        num_masks = [sum(token_id in mask_token_ids(self.config) for token_id in context) for context in contexts]
         has_own_eos = [text[-1:] == [self.config.eos_token_id] for text in texts]
-        blanks: list[list[Blank]] = [[] for _ in texts]
-        for number in range(max(num_masks, default=0)):
-            rows = [row for row, count in enumerate(num_masks) if number < count]
-            options = arguments_of_rows(generate_kwargs, rows, len(texts))
-            proposals = self.propose_blanks([contexts[row] for row in rows], **options)
-            for row, (best, *_) in zip(rows, proposals, strict=True):
-                contexts[row] = splice_blank(contexts[row], best.ids, self.config)
-                blanks[row].append(best)
+        contexts = [prepare_context(text, self.config) for text in texts]
+        proposals = fill_in_turn(contexts, self.config, self.propose_blanks, generate_kwargs)
         return FilledBlanks(
             sequences=[
                 context[:-1] if context[-1:] == [self.config.eos_token_id] and not own_eos else context
                 for context, own_eos in zip(contexts, has_own_eos, strict=True)
             ],
-            blanks=[[blank.ids for blank in of_text] for of_text in blanks],
-            scores=[[blank.score for blank in of_text] for of_text in blanks],
+            blanks=[[best.ids for best, *_ in of_text] for of_text in proposals],
+            scores=[[best.score for best, *_ in of_text] for of_text in proposals],
         )
 
     @torch.no_grad()
@@ -97,7 +94,7 @@ class BlankGenerationMixin(GLMGenerationMixin):
 
         Args:
             contexts: Id lists as `prepare_context` returns them.
-            **generate_kwargs: As in `fill_blanks`.
+            **generate_kwargs: Arguments of `generate`, as `fill_blanks` takes them.
         """
         rows = [[*context, self.config.sop_token_id] for context in contexts]
         proposals: list[list[Blank]] = [[] for _ in rows]
@@ -173,8 +170,114 @@ class BlankGenerationMixin(GLMGenerationMixin):
         return input_ids.to(device), attention_mask.to(device)
 
 
+def fill_in_turn(
+    contexts: list[list[int]],
+    config: GLMConfig,
+    propose: Callable[..., list[list[Blank]]],
+    arguments: Mapping[str, Any],
+) -> list[list[list[Blank]]]:
+    """
+    Fill the masks of all contexts, one of each at a time from the left, and splice the best proposals in.
+
+    Args:
+        contexts: Id lists as `prepare_context` returns them; changed in place to what has been filled.
+        config: Configuration with the special token ids.
+        propose: Function that takes some of the contexts and the arguments of these rows, and returns the proposals
+            for the next blank of each, best first.
+        arguments: Keyword arguments of `propose` for all rows.
+
+    Returns:
+        For every context and each of its blanks the proposals.
+    """
+    num_masks = [sum(token_id in mask_token_ids(config) for token_id in context) for context in contexts]
+    filled: list[list[list[Blank]]] = [[] for _ in contexts]
+    for number in range(max(num_masks, default=0)):
+        rows = [row for row, count in enumerate(num_masks) if number < count]
+        options = arguments_of_rows(arguments, rows, len(contexts))
+        for row, proposals in zip(rows, propose([contexts[row] for row in rows], **options), strict=True):
+            contexts[row] = splice_blank(contexts[row], proposals[0].ids, config)
+            filled[row].append(proposals)
+    return filled
+
+
 def read_blank(ids: Sequence[int], log_probs: Sequence[float], end_ids: Sequence[int], pad_id: int) -> Blank:
-    """Cut generated ids at the first end token, whose log-probability counts, or at padding, which does not."""
+    """Return generated ids up to the first end token, whose log-probability counts, or padding, which does not."""
     end = next((index for index, token_id in enumerate(ids) if token_id in (*end_ids, pad_id)), len(ids))
     num_scored = end + (end < len(ids) and ids[end] != pad_id)
     return Blank(ids=list(ids[:end]), score=sum(log_probs[:num_scored]))
+
+
+PER_ROW = ("negative_prompt_ids", "negative_prompt_attention_mask")
+
+
+def arguments_of_rows(arguments: Mapping[str, Any], rows: Sequence[int], num_rows: int) -> dict[str, Any]:
+    """
+    Return the arguments of `generate` for some rows of a batch.
+
+    Args:
+        arguments: Those for all rows.
+        rows: Numbers of the rows that are generated, ascending.
+        num_rows: Rows of the whole batch.
+    """
+    chosen = dict(arguments)
+    if len(rows) == num_rows:
+        return chosen
+    for name in PER_ROW:
+        if chosen.get(name) is not None:
+            chosen[name] = chosen[name][list(rows)]
+    if (allowed := chosen.get("prefix_allowed_tokens_fn")) is not None:
+        chosen["prefix_allowed_tokens_fn"] = lambda row, ids: allowed(rows[row], ids)
+    if processors := chosen.get("logits_processor"):
+        wrapped = [ProcessorOfAllRows(function, rows, num_rows) for function in processors]
+        chosen["logits_processor"] = LogitsProcessorList(wrapped)
+    if criteria := chosen.get("stopping_criteria"):
+        wrapped = [CriterionOfAllRows(function, rows, num_rows) for function in as_list(criteria)]
+        chosen["stopping_criteria"] = StoppingCriteriaList(wrapped)
+    return chosen
+
+
+def as_list(criteria: Any) -> list[Any]:
+    """Return stopping criteria as a list, which a single one is not."""
+    return [criteria] if isinstance(criteria, StoppingCriteria) else list(criteria)
+
+
+class RowsOfBatch:
+    """
+    Some rows of a batch, put in their places in the whole of it.
+
+    Args:
+        function: Logits processor or stopping criterion of a caller, who counts the rows of the whole batch.
+        rows: Numbers of the rows that are there.
+        num_rows: Rows of the whole batch.
+    """
+
+    def __init__(self, function: Callable, rows: Sequence[int], num_rows: int) -> None:
+        self.function, self.rows, self.num_rows = function, rows, num_rows
+
+    def places(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return for each row of the whole batch one of `ids` `(B * n, L)`, the first for those missing, and back."""
+        copies = len(ids) // len(self.rows)  # beams or samples of each row
+        place = {row: number for number, row in enumerate(self.rows)}
+        spread = [place.get(row, 0) * copies + copy for row in range(self.num_rows) for copy in range(copies)]
+        back = [row * copies + copy for row in self.rows for copy in range(copies)]
+        return torch.tensor(spread, device=ids.device), torch.tensor(back, device=ids.device)
+
+
+class ProcessorOfAllRows(RowsOfBatch, LogitsProcessor):
+    """A logits processor that is called with all rows of the batch."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Return the scores `(B * n, V)` that the processor makes of the rows that are there."""
+        spread, back = self.places(input_ids)
+        return self.function(input_ids[spread], scores[spread])[back]
+
+
+class CriterionOfAllRows(RowsOfBatch, StoppingCriteria):
+    """A stopping criterion that is called with all rows of the batch."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """Tell which of the rows that are there `(B * n,)` are done."""
+        spread, back = self.places(input_ids)
+        scores = tuple(step[spread] for step in scores) if isinstance(scores, tuple) else scores
+        done = self.function(input_ids[spread], scores, **kwargs)
+        return done[back] if isinstance(done, torch.Tensor) and done.ndim else done

@@ -15,12 +15,18 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.utils import logging
 
-from .cache_glm import knows_positions
-from .infilling_glm import infilling_layout, mask_token_ids
+from .infilling_glm import (
+    Prompts,
+    complete_embeddings,
+    complete_prompts,
+    infilling_layout,
+    mask_token_ids,
+    needs_completion,
+    suppress_blanks,
+)
 from .masking_glm import find_tokens, layout_ids, make_mask
 from .peft_glm import num_virtual_tokens
-from .positions_glm import Mask, is_padding_mask
-from .prompts_glm import Prompts, complete_embeddings, complete_prompts, needs_completion, suppress_blanks
+from .positions_glm import Mask, is_padding_mask, knows_positions
 from .versions_glm import CACHE, CACHE_NAMES, hook_error, one_cache, require_known_cache, require_known_hooks
 
 DEFAULT_NEW_TOKENS = 128
@@ -204,7 +210,8 @@ class GLMGenerationMixin(GenerationMixin):
         self._check_hook(attention_mask, position_ids)
         padding = attention_mask if is_padding_mask(attention_mask) else None
         ids = input_ids if inputs_embeds is None else self._ids_with_embedded(input_ids, inputs_embeds, padding)
-        if position_ids is None and not knows_positions(cache):
+        is_behind = cache is not None and not kwargs.get("is_first_iteration")
+        if position_ids is None and is_behind and not knows_positions(cache):
             position_ids = infilling_layout(ids, self.config, padding)[0]
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
@@ -32,21 +31,20 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache_glm import remember_layout
 from .configuration_glm import GLMConfig
 from .filling_glm import BlankGenerationMixin
 from .infilling_glm import masked_lm_layout
 from .masking_glm import infilling_attention, layout_ids
-from .parallel_glm import register_parallel_styles
 from .positions_glm import (
     Mask,
     is_padding_mask,
+    remember_layout,
     require_known_packing,
     warn_of_labelled_context,
     warn_of_trained_rows,
 )
 from .rotary_glm import GLMRotaryEmbedding, apply_rotary
-from .versions_glm import CACHE, one_cache, require_known_cache
+from .versions_glm import CACHE, one_cache, register_parallel_styles, require_known_cache
 
 
 def eager_attention_forward(
@@ -230,16 +228,16 @@ class GLMPreTrainedModel(PreTrainedModel):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of what is not quantized; that of scales, which may come first, is another."""
-        parameters = ((name, parameter.dtype) for name, parameter in self.named_parameters())
-        return next(dtype for name, dtype in parameters if dtype.is_floating_point and not name.endswith("_scale"))
+        """Dtype of the embedding, or of the last norm if the embedding is quantized."""
+        embedding = self.get_input_embeddings().weight
+        return embedding.dtype if embedding.is_floating_point() else self.base_model.norm.weight.dtype
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Count as transformers does; of quantized weights that ranks share, what they stand for."""
+        """Count as transformers does; quantized layers tell how many weights their parameters stand for."""
         count = super().num_parameters(only_trainable, exclude_embeddings)
-        named = [] if only_trainable else self.named_parameters()  # codes and scales are not
-        shared = [(name, p) for name, p in named if isinstance(p, DTensor)]
-        return count + sum(p.numel() * ((p.dtype == torch.uint8) - name.endswith("_scale")) for name, p in shared)
+        quantized = [module for module in self.modules() if hasattr(module, "uncounted_weights")]
+        corrections = {parameter: number for module in quantized for parameter, number in module.uncounted_weights()}
+        return count if only_trainable else count + sum(corrections.values())
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         """Initialise a module that was not loaded; the shortcut for custom code would skip blocks without weights."""
@@ -251,7 +249,8 @@ class GLMPreTrainedModel(PreTrainedModel):
         hidden, inner = self.config.hidden_size, self.config.intermediate_size
         shrink = (2 * self.config.num_hidden_layers) ** -0.5
         if not all(parameter.is_floating_point() for parameter in module.parameters()):
-            self._require_quantized_weights(module)  # codes cannot be drawn at random
+            if hasattr(module, "require_loaded"):  # a quantized layer, whose codes cannot be drawn at random
+                module.require_loaded(self)
         elif isinstance(module, nn.Embedding):
             init.xavier_normal_(module.weight)
         elif isinstance(module, GLMRotaryEmbedding):
@@ -281,13 +280,6 @@ class GLMPreTrainedModel(PreTrainedModel):
                 "or call model.dequantize() first"
             )
         return super()._resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
-
-    def _require_quantized_weights(self, module: nn.Module) -> None:
-        """Raise ValueError if a quantized linear was not loaded as a whole; what is on meta lies on the disk."""
-        for name, parameter in module.named_parameters(recurse=False):
-            if not getattr(parameter, "_is_hf_initialized", False) and not parameter.is_meta:
-                path = next(path for path, other in self.named_modules() if other is module)
-                raise ValueError(f"{path}.{name} of a quantized model was not loaded; make the folder again")
 
 
 def shrink_gradient(states: torch.Tensor, alpha: float) -> torch.Tensor:

@@ -1,10 +1,13 @@
 """What PEFT has to know of GLM: where adapters go by default, and how learned prompts reach context and blanks.
 
-Nothing here imports peft: entries are added to its tables once it has been imported by somebody else.
+Nothing here imports peft: entries are added to its tables as soon as somebody else has imported it.
 """
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -37,7 +40,7 @@ class PrefixCache(DynamicCache):
         self.prefix_length = self.get_seq_length()
 
 
-class ThroughPrompt:
+class PromptLearningMethod:
     """
     Method of the model that a `PeftModel` with a learned prompt runs on itself, so that its answers heed the prompt.
 
@@ -57,10 +60,35 @@ class ThroughPrompt:
         return getattr(type(peft_model.get_base_model()), self.name).__get__(peft_model)
 
 
+class PeftImportFinder(MetaPathFinder):
+    """Registers GLM at the end of the import of peft, whichever finder finds it."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Return the spec of peft that the other finders have, whose loader registers GLM when it is done."""
+        if name != "peft":
+            return None
+        others = (finder for finder in sys.meta_path if finder is not self)
+        specs = (finder.find_spec(name, path, target) for finder in others if hasattr(finder, "find_spec"))
+        spec = next((spec for spec in specs if spec is not None), None)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_register(module: ModuleType) -> None:
+                execute(module)
+                register_with_peft()
+
+            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec
+
+
 def register_with_peft() -> None:
-    """Add GLM to PEFT's tables, if peft has been imported; harmless when repeated."""
+    """Add GLM to PEFT's tables, now or at the end of the import of peft; harmless when repeated."""
     constants, peft_model = (sys.modules.get(name) for name in ("peft.utils.constants", "peft.peft_model"))
     if constants is None or peft_model is None or not hasattr(peft_model, "PeftModelForCausalLM"):
+        if not any(isinstance(finder, PeftImportFinder) for finder in sys.meta_path):
+            sys.meta_path.insert(0, PeftImportFinder())
         return
     for name, table in vars(constants).items():
         if name.endswith("_MODULES_MAPPING") and "gpt_neox" in table:
@@ -69,7 +97,7 @@ def register_with_peft() -> None:
     constants.TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING.setdefault("glm130b", PrefixCache)
     for name in METHODS:
         if name not in vars(peft_model.PeftModel):
-            setattr(peft_model.PeftModel, name, ThroughPrompt(name))
+            setattr(peft_model.PeftModel, name, PromptLearningMethod(name))
 
 
 def num_virtual_tokens(model: Any) -> int:
@@ -77,3 +105,6 @@ def num_virtual_tokens(model: Any) -> int:
     if getattr(model, "_adapters_disabled", False):
         return 0
     return getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", None) or 0
+
+
+register_with_peft()

@@ -1,4 +1,4 @@
-"""What differs between the versions of transformers that this package runs on; no other file tells them apart.
+"""What differs between the versions of transformers that this package runs on, and what all of them lack.
 
 Generation is transformers' own loop, which calls methods of the model, its hooks. GLM's positions and two-way contexts
 enter through them, so a hook that is renamed, or loses an argument, must end in an error instead of another text.
@@ -8,7 +8,11 @@ import inspect
 from typing import Any
 
 import transformers
+from torch import nn
+from torch.distributed.tensor import DeviceMesh, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
 from transformers.cache_utils import Cache
+from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, PackedColwiseParallel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 SUPPORTED = "5.17 to 5.24"
@@ -61,3 +65,24 @@ def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | Non
     if past_key_values is not None and cache is not None and past_key_values is not cache:
         raise ValueError("give one cache, as past_key_values or as cache")
     return past_key_values if cache is None else cache
+
+
+class GLUColwiseParallel(PackedColwiseParallel):
+    """
+    Split each half of a GLU's up-projection over the ranks, weight and bias alike.
+
+    transformers' `packed_colwise` cuts a bias in one piece, so that the first rank gets the bias of the first half.
+    """
+
+    def shard_param(self, module: nn.Module, param: str, mesh: DeviceMesh) -> None:
+        """Replace a parameter `(2F, D)` or `(2F,)` by its shard of both halves."""
+        tensor = module._parameters[param]
+        if tensor is not None:
+            placement = _StridedShard(dim=0, split_factor=self.split_factor)
+            sharded = distribute_tensor(tensor, mesh, [placement], src_data_rank=None)
+            module._parameters[param] = nn.Parameter(sharded, requires_grad=tensor.requires_grad)
+
+
+def register_parallel_styles() -> None:
+    """Make the styles of GLM's tensor-parallel plan known to transformers; harmless when repeated."""
+    ALL_PARALLEL_STYLES.register("glu_colwise", GLUColwiseParallel())

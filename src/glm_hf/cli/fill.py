@@ -39,19 +39,18 @@ def fill(options: argparse.Namespace) -> None:
     settings = {"top_k": options.top_k, "num_beams": options.num_beams, "max_new_tokens": options.max_new_tokens}
     group_size = 1 if not options.text and sys.stdin.isatty() else TEXTS_AT_ONCE
 
-    def fill_group(texts: list[str]) -> None:
-        results = fill_mask(texts, batch_size=len(texts), **settings) if texts else []
-        for text, blanks in zip(texts, [results] if len(texts) == 1 else results, strict=True):
-            print(describe(text, blanks if isinstance(blanks[0], list) else [blanks], options), flush=True)
+    def fill_group(group: list[dict[str, Any]]) -> None:
+        for text, blanks in zip(group, fill_mask.fill_encoded(group, **settings) if group else [], strict=True):
+            of_blanks = blanks if isinstance(blanks[0], list) else [blanks]
+            print(describe(text["text"], of_blanks, options), flush=True)
 
-    group: list[str] = []
+    group: list[dict[str, Any]] = []
     for number, text in enumerate(options.text or read_lines(), 1):
         try:
-            fill_mask.preprocess(text)
+            group.append(fill_mask.preprocess(text))
         except ValueError as error:
             fill_group(group)  # what came before is not lost
             raise ValueError(f"text {number}: {error}") from error
-        group.append(text)
         if len(group) == group_size:
             fill_group(group)
             group = []

@@ -6,6 +6,7 @@ generation settings and a model card. The card states what the folder's own file
 model of its size.
 """
 
+import inspect
 import json
 import logging
 import os
@@ -186,7 +187,8 @@ def _num_parameters(path: Path) -> int:
 def _source_files() -> list[Path]:
     """Return the Python files behind the auto maps with all they import, found as the loader of the Hub finds them."""
     references = [*AUTO_MAP.values(), *filter(None, TOKENIZER_AUTO_MAP["AutoTokenizer"])]
-    entries = {Path(__file__).with_name(reference.partition(".")[0] + ".py") for reference in references}
+    package = Path(inspect.getfile(GLMConfig)).parent
+    entries = {package / (reference.partition(".")[0] + ".py") for reference in references}
     return sorted({file for entry in entries for file in (entry, *map(Path, get_relative_import_files(entry)))})
 
 

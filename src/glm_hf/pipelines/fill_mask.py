@@ -1,23 +1,17 @@
-"""Pipelines: `fill-mask` that fills blanks of any length, `text-generation` that reads the prompt both ways.
-
-Registered for the tasks of these names by `import glm_hf`; models of other kinds get transformers' own pipelines.
-"""
+"""The `fill-mask` pipeline, which fills blanks of any length."""
 
 import math
 import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
-from transformers.pipelines import PIPELINE_REGISTRY, FillMaskPipeline, TextGenerationPipeline
-from transformers.pipelines.text_generation import ReturnType
+from transformers.pipelines import FillMaskPipeline
 
-from glm_hf.configuration_glm import GLMConfig
-from glm_hf.filling_glm import Blank
-from glm_hf.infilling_glm import mask_token_ids, prepare_context, splice_blank
-from glm_hf.prompts_glm import suppress_blanks, unpad
-from glm_hf.rows_glm import arguments_of_rows
+from glm_hf.filling_glm import Blank, fill_in_turn
+from glm_hf.infilling_glm import mask_token_ids, prepare_context, unpad
+from glm_hf.pipelines.text_generation import continuation, is_glm
 
 
 class BlankInfillingPipeline(FillMaskPipeline):
@@ -84,14 +78,29 @@ class BlankInfillingPipeline(FillMaskPipeline):
         return ids
 
     def preprocess(self, inputs: str, tokenizer_kwargs: dict[str, Any] | None = None, **_: Any) -> dict[str, Any]:
-        """Encode a text and check that it can be filled."""
+        """Return a text with its ids as a context that can be filled; ValueError if it cannot."""
+        config = self.model.config
         encoded = self.tokenizer(inputs, return_tensors="pt", **(tokenizer_kwargs or {}))
-        ids = encoded["input_ids"][0].tolist()
-        prepare_context(ids, self.model.config)
+        [ids] = unpad(encoded["input_ids"], encoded.get("attention_mask"), config.pad_token_id)
+        context = prepare_context(ids, config)
         num_masks = len(self.mask_pattern.findall(inputs))
-        if num_masks != sum(token_id in mask_token_ids(self.model.config) for token_id in ids):
+        if num_masks != sum(token_id in mask_token_ids(config) for token_id in ids):
             raise ValueError(f"tokenizer_kwargs must keep all {num_masks} masks of the text")
-        return {**encoded, "text": inputs}
+        return {"context": context, "text": inputs}
+
+    def fill_encoded(self, encoded: Sequence[dict[str, Any]], **settings: Any) -> list[Any]:
+        """
+        Return the results for texts in one batch.
+
+        Args:
+            encoded: What `preprocess` has returned for every text.
+            **settings: Call arguments of the pipeline.
+        """
+        _, forward_settings, _ = self._sanitize_parameters(**settings)
+        batch = {name: [text[name] for text in encoded] for name in ("context", "text")}
+        outputs = self.forward(batch, **{**self._forward_params, **forward_settings})
+        of_texts = zip(outputs["blanks"], outputs["text"], strict=True)
+        return [self.postprocess({"blanks": blanks, "text": text}) for blanks, text in of_texts]
 
     def _forward(
         self,
@@ -101,26 +110,14 @@ class BlankInfillingPipeline(FillMaskPipeline):
         **generate_kwargs: Any,
     ) -> dict[str, Any]:
         """Return for every text of the batch the proposals for each of its blanks."""
-        config = self.model.config
-        texts = unpad(model_inputs["input_ids"], model_inputs.get("attention_mask"), config.pad_token_id)
-        contexts = [prepare_context(text, config) for text in texts]
-        num_masks = [sum(token_id in mask_token_ids(config) for token_id in context) for context in contexts]
-        blanks: list[list[list[Blank]]] = [[] for _ in texts]
-        for number in range(max(num_masks)):
-            rows = [row for row, count in enumerate(num_masks) if number < count]
-            options = arguments_of_rows(generate_kwargs, rows, len(texts))
-            proposed = self._propose([contexts[row] for row in rows], top_k, targets, options)
-            for row, proposals in zip(rows, proposed, strict=True):
-                blanks[row].append(proposals)
-                contexts[row] = splice_blank(contexts[row], proposals[0].ids, config)
-        return {"blanks": blanks, "text": model_inputs["text"]}
+        is_batch = not isinstance(model_inputs["text"], str)
+        contexts = model_inputs["context"] if is_batch else [model_inputs["context"]]
+        propose = partial(self._propose, top_k, targets)
+        blanks = fill_in_turn(list(contexts), self.model.config, propose, generate_kwargs)
+        return {"blanks": blanks if is_batch else blanks[0], "text": model_inputs["text"]}
 
     def _propose(
-        self,
-        contexts: list[list[int]],
-        top_k: int,
-        targets: list[list[int]] | None,
-        generate_kwargs: dict[str, Any],
+        self, top_k: int, targets: list[list[int]] | None, contexts: list[list[int]], **generate_kwargs: Any
     ) -> list[list[Blank]]:
         """Return the `top_k` best proposals for the next blank of every context."""
         if targets is None:
@@ -142,8 +139,6 @@ class BlankInfillingPipeline(FillMaskPipeline):
     def postprocess(self, model_outputs: dict[str, Any], **_: Any) -> list[Any]:
         """Decode the proposals for one text, whose own characters are kept as they are."""
         blanks, text = (model_outputs[key] for key in ("blanks", "text"))
-        if isinstance(blanks[0][0], list):  # not batched: still a batch of one
-            blanks = blanks[0]
         parts = self.mask_pattern.split(text)  # texts between masks and masks by turns
         if len(parts) == 1:
             prompt = self.tokenizer(text)["input_ids"]
@@ -170,59 +165,6 @@ class BlankInfillingPipeline(FillMaskPipeline):
         }
 
 
-class GLMTextGenerationPipeline(TextGenerationPipeline):
-    """Continue a prompt that is read both ways, `[gMASK]` and `sop` behind it, or answer the turns of a chat."""
-
-    def __new__(cls, model: Any, *args: Any, **kwargs: Any) -> TextGenerationPipeline:
-        """Make transformers' own pipeline for models of other kinds."""
-        if not is_glm(model):
-            return TextGenerationPipeline(model, *args, **kwargs)
-        return super().__new__(cls)
-
-    def __call__(self, text_inputs: Any, **kwargs: Any) -> list[Any]:
-        """Continue one prompt or chat, or several; none gives an empty list."""
-        return [] if text_inputs == [] else super().__call__(text_inputs, **kwargs)
-
-    def preprocess(self, prompt_text: Any, **kwargs: Any) -> dict[str, Any]:
-        """Encode a prompt and complete it to a context; chats, and prompts with `sop`, are complete already."""
-        inputs = super().preprocess(prompt_text, **kwargs)
-        config = self.model.config
-        ids = inputs["input_ids"][0].tolist()
-        if config.sop_token_id in ids:
-            return inputs
-        if set(mask_token_ids(config)).intersection(ids):
-            raise ValueError('text-generation continues a text without masks; use pipeline("fill-mask") to fill masks')
-        inputs["input_ids"] = torch.tensor([[*prepare_context(ids, config), config.sop_token_id]])
-        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-        return inputs
-
-    def _forward(self, model_inputs: dict[str, Any], **generate_kwargs: Any) -> dict[str, Any]:
-        """Generate without tokens that would start another blank."""
-        return super()._forward(model_inputs, **suppress_blanks(generate_kwargs, self.model.config))
-
-    def postprocess(
-        self, model_outputs: dict[str, Any], return_type: ReturnType = ReturnType.FULL_TEXT, **kwargs: Any
-    ) -> list[dict[str, Any]]:
-        """Decode the answer as the continuation of the prompt, which keeps the blank between them."""
-        records = super().postprocess(model_outputs, return_type=return_type, **kwargs)
-        if return_type == ReturnType.TENSORS:
-            return records
-        prompt, length = model_outputs["prompt_text"], model_outputs["input_ids"].shape[-1]
-        for record, ids in zip(records, model_outputs["generated_sequence"][0].tolist(), strict=True):
-            if isinstance(prompt, str):
-                answer = continuation(self.tokenizer, ids[:length], ids[length:])
-                record["generated_text"] = prompt + answer if return_type == ReturnType.FULL_TEXT else answer
-                continue
-            is_new = not kwargs.get("continue_final_message", prompt.messages[-1]["role"] == "assistant")
-            answer = continuation(self.tokenizer, [] if is_new else ids[:length], ids[length:])
-            if return_type == ReturnType.FULL_TEXT:
-                before = "" if is_new else prompt.messages[-1]["content"]
-                record["generated_text"][-1] |= {"content": before + answer}
-            else:
-                record["generated_text"] = answer
-        return records
-
-
 def best_first(blanks: Sequence[Blank], adds_up: bool) -> list[Blank]:
     """
     Sort proposals by probability and merge those of the same ids.
@@ -237,23 +179,3 @@ def best_first(blanks: Sequence[Blank], adds_up: bool) -> list[Blank]:
         ids = tuple(blank.ids)
         scores[ids] = merge(scores[ids], blank.score) if ids in scores else blank.score
     return sorted((Blank(list(ids), score) for ids, score in scores.items()), key=lambda b: b.score, reverse=True)
-
-
-def is_glm(model: Any) -> bool:
-    """Tell whether a model is one of ours, also inside the wrapper of an adapter or a compiler."""
-    return isinstance(getattr(model, "config", None), GLMConfig)
-
-
-def continuation(tokenizer: Any, prompt: list[int], ids: list[int]) -> str:
-    """Decode ids as what follows a prompt, the blank between them included and special ids left out."""
-    special = set(tokenizer.all_special_ids)
-    start = [token_id for token_id in prompt if token_id not in special]
-    whole = start + [token_id for token_id in ids if token_id not in special]
-    return tokenizer.decode(whole).removeprefix(tokenizer.decode(start))
-
-
-def register_pipelines() -> None:
-    """Put the pipelines in the place of transformers' own, whose default models stay."""
-    tasks = {"fill-mask": BlankInfillingPipeline, "text-generation": GLMTextGenerationPipeline}
-    for task, pipeline_class in tasks.items():
-        PIPELINE_REGISTRY.supported_tasks[task]["impl"] = pipeline_class

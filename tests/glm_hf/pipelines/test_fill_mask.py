@@ -20,7 +20,8 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 from glm_hf import BlankInfillingPipeline, GLMForBlankInfilling, GLMForMaskedLM
 from glm_hf.filling_glm import Blank
-from glm_hf.pipelines.fill_mask import GLMTextGenerationPipeline, best_first, continuation
+from glm_hf.pipelines.fill_mask import best_first
+from glm_hf.pipelines.text_generation import GLMTextGenerationPipeline, continuation
 
 ONE = "the people [MASK] the time"
 TWO = "the [MASK] people have [MASK] time"
