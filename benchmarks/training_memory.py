@@ -21,7 +21,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from glm_hf import GLMConfig
-from glm_hf.sharding.degrees import Parallel
+from glm_hf.sharding.degrees import ParallelDegrees
 from glm_hf.training import DataCollatorForBlankInfilling, GLM3DTrainer, GLMTrainingArguments, InfillingRecipe
 
 SPECIAL = ("pad", "eos", "mask", "gmask", "smask", "eod", "sop", "eop")
@@ -29,13 +29,13 @@ TINY = {"hidden": 64, "inner": 128, "layers": 4, "sequence": 64}
 MEDIUM = {"hidden": 1024, "inner": 2736, "layers": 8, "sequence": 254}
 WIDE = {"hidden": 1024, "inner": 2736, "layers": 6, "sequence": 510}
 RUNS: list[dict[str, Any]] = [
-    {"parallel": {"pipeline": 2}, "micro_batch": 2, "rounds": 4, **MEDIUM},
-    {"parallel": {"pipeline": 2}, "micro_batch": 2, "rounds": 4, "checkpointing": True, **MEDIUM},
-    {"parallel": {"tensor": 2}, "micro_batch": 2, "rounds": 4, **MEDIUM},
-    {"parallel": {"data": 2}, "micro_batch": 2, "rounds": 4, **MEDIUM},
-    {"parallel": {"pipeline": 2}, "micro_batch": 4, "rounds": 4, **WIDE},
-    {"parallel": {"tensor": 2, "pipeline": 2}, "micro_batch": 4, "rounds": 3, **WIDE},
-    {"parallel": {"pipeline": 2}, "micro_batch": 2, "rounds": 4, "precision": "bf16", **MEDIUM},
+    {"parallel": {"pp_size": 2}, "micro_batch": 2, "rounds": 4, **MEDIUM},
+    {"parallel": {"pp_size": 2}, "micro_batch": 2, "rounds": 4, "checkpointing": True, **MEDIUM},
+    {"parallel": {"tp_size": 2}, "micro_batch": 2, "rounds": 4, **MEDIUM},
+    {"parallel": {"dp_size": 2}, "micro_batch": 2, "rounds": 4, **MEDIUM},
+    {"parallel": {"pp_size": 2}, "micro_batch": 4, "rounds": 4, **WIDE},
+    {"parallel": {"tp_size": 2, "pp_size": 2}, "micro_batch": 4, "rounds": 3, **WIDE},
+    {"parallel": {"pp_size": 2}, "micro_batch": 2, "rounds": 4, "precision": "bf16", **MEDIUM},
 ]
 
 
@@ -69,13 +69,13 @@ def config_of(run: dict[str, Any]) -> GLMConfig:
 
 def train(run: dict[str, Any], folder: str) -> float:
     """Train two steps, and return the share of the tokens that were predicted."""
-    config, parallel = config_of(run), Parallel.of(run["parallel"])
+    config, parallel = config_of(run), ParallelDegrees.of(run["parallel"])
     args = GLMTrainingArguments(
         output_dir=folder,
         parallel=run["parallel"],
         max_steps=2,
         per_device_train_batch_size=run["micro_batch"],
-        global_batch_size=run["micro_batch"] * run["rounds"] * parallel.data,
+        global_batch_size=run["micro_batch"] * run["rounds"] * parallel.dp_size,
         activation_checkpointing=run.get("checkpointing", False),
         bf16=run.get("precision") == "bf16",
         save_strategy="no",
@@ -89,7 +89,7 @@ def train(run: dict[str, Any], folder: str) -> float:
     step = trainer.training_step
 
     def counted(model: Any, inputs: Any, num_items: Any = None) -> Any:
-        shares.append(float(num_items) / (inputs["input_ids"].numel() * parallel.data))
+        shares.append(float(num_items) / (inputs["input_ids"].numel() * parallel.dp_size))
         return step(model, inputs, num_items)
 
     trainer.training_step = counted  # type: ignore[method-assign]
@@ -117,7 +117,7 @@ def work(run: dict[str, Any]) -> None:
 
 def measure(run: dict[str, Any]) -> list[dict[str, Any]]:
     """Return what every process of a run has seen."""
-    size = Parallel.of(run["parallel"]).world_size
+    size = ParallelDegrees.of(run["parallel"]).world_size
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size), __file__]
     settings = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     settings |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
@@ -137,13 +137,13 @@ def planned(run: dict[str, Any], share: float) -> list[int]:
     """Return the bytes of a GPU of every stage that the planner tells."""
     with tempfile.TemporaryDirectory() as folder:
         config_of(run).save_pretrained(folder)
-        parallel = Parallel.of(run["parallel"])
+        parallel = ParallelDegrees.of(run["parallel"])
         options = {
-            "tensor": parallel.tensor,
-            "pipeline": parallel.pipeline,
-            "data": parallel.data,
+            "tensor": parallel.tp_size,
+            "pipeline": parallel.pp_size,
+            "data": parallel.dp_size,
             "micro-batch": run["micro_batch"],
-            "global-batch": run["micro_batch"] * run["rounds"] * parallel.data,
+            "global-batch": run["micro_batch"] * run["rounds"] * parallel.dp_size,
             "sequence": run["sequence"],
             "precision": run.get("precision", "fp32"),
             "target-share": share,
@@ -166,7 +166,7 @@ def main() -> None:
         return
     print("parallel                    layers  micro x length  precision  kept        stage  planned  measured  ratio")
     for run in RUNS:
-        seen, parallel = measure(run), Parallel.of(run["parallel"])
+        seen, parallel = measure(run), ParallelDegrees.of(run["parallel"])
         plan = planned(run, max(one["share"] for one in seen))
         for stage, total in enumerate(plan):
             peak = max(one["bytes"] for one in seen if parallel.coordinates(one["rank"])[0] == stage)

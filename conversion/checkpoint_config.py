@@ -7,9 +7,10 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from glm_hf.configuration_glm import GLMConfig
-from glm_hf.conversion.formats.model_tensors import Quantization, model_tensors, quantization_config
+from glm_hf.conversion.formats.model_tensors import model_tensors
 from glm_hf.conversion.formats.sat_checkpoint import SatCheckpoint
 from glm_hf.folders.model_folder import read_json
+from glm_hf.quantization.configuration import GLMQuantizationConfig
 
 HELP = "pass config= (a GLMConfig, a dict of its fields or a JSON file) with the right values"
 
@@ -68,11 +69,11 @@ def require_model(checkpoint: SatCheckpoint) -> GLMConfig:
     return config
 
 
-def stored_quantization(checkpoint: SatCheckpoint) -> Quantization | None:
+def stored_quantization(checkpoint: SatCheckpoint) -> GLMQuantizationConfig | None:
     """Return how the weights of a checkpoint are quantized, each rank having scales of its own; None if not."""
     if checkpoint.bits is None:
         return None
-    return quantization_config(bits=checkpoint.bits, row_parallel_groups=checkpoint.tp_size)
+    return GLMQuantizationConfig(bits=checkpoint.bits, row_parallel_groups=checkpoint.tp_size)
 
 
 def _sizes(checkpoint: SatCheckpoint) -> dict[str, int]:

@@ -16,12 +16,13 @@ from transformers import PreTrainedTokenizerBase
 
 from glm_hf.configuration_glm import GLMConfig
 from glm_hf.conversion.checkpoint_config import checkpoint_config, stored_quantization
-from glm_hf.conversion.formats.model_tensors import Quantization, model_tensors, quantization_config
+from glm_hf.conversion.formats.model_tensors import model_tensors
 from glm_hf.conversion.formats.safetensors_writer import ShardFile, plan_shards, write_index
 from glm_hf.conversion.formats.sat_checkpoint import SatCheckpoint
 from glm_hf.conversion.streaming.segments import write_in_segments
 from glm_hf.folders.atomic import free_space
 from glm_hf.modeling_glm import GLMForBlankInfilling
+from glm_hf.quantization.configuration import GLMQuantizationConfig
 from glm_hf.quantization.functional import quantize_weight
 from glm_hf.tokenization_glm import GLMTokenizer
 
@@ -47,7 +48,7 @@ class ConversionPlan:
     config: GLMConfig
     tokenizer: PreTrainedTokenizerBase | None
     shards: list[ShardFile]
-    quantization: Quantization | None
+    quantization: GLMQuantizationConfig | None
 
     @property
     def num_bytes(self) -> int:
@@ -155,8 +156,8 @@ def plan_conversion(
     tensors = model_tensors(model_config, model_config.dtype, stored_as)
     checkpoint.require(tensors)
     bits = _output_bits(checkpoint, quantization)
-    if bits != checkpoint.bits:
-        stored_as = quantization_config(bits=bits)
+    if bits is not None and bits != checkpoint.bits:
+        stored_as = GLMQuantizationConfig(bits=bits)
         tensors = model_tensors(model_config, model_config.dtype, stored_as)
     loaded = None if tokenizer is None else _load_tokenizer(tokenizer)
     if loaded is not None:

@@ -31,6 +31,7 @@ from glm_hf.conversion.streaming.segments import write_in_segments
 from glm_hf.conversion.streaming.stored_tensor import StoredTensor, check_member
 from glm_hf.folders.model_folder import read_config, read_json
 from glm_hf.modeling_glm import GLMForBlankInfilling
+from glm_hf.sharding.degrees import ParallelDegrees
 from glm_hf.sharding.rules import REPLICATED, shard_rule
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -173,10 +174,11 @@ def _read_config(src: Path) -> GLMConfig:
 
 
 def _read_tp_size(src: Path) -> int:
-    tp_size = read_json(src / "parallel.json").get("tensor")
-    if not isinstance(tp_size, int) or isinstance(tp_size, bool) or tp_size < 1:
-        raise ValueError(f"{src}/parallel.json: tensor must be the number of tensor-parallel ranks, got {tp_size!r}")
-    return tp_size
+    degrees = read_json(src / "parallel.json")
+    try:
+        return ParallelDegrees.of(degrees).tp_size
+    except ValueError as error:
+        raise ValueError(f"{src}/parallel.json: {error}") from error
 
 
 def _file_name(part: int, rank: int) -> str:

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from glm_hf.conversion.convert import converted, made_together
 from glm_hf.conversion.formats.model_folder import ModelFolder
-from glm_hf.conversion.formats.model_tensors import Quantization, model_tensors, quantization_config
+from glm_hf.conversion.formats.model_tensors import model_tensors
 from glm_hf.conversion.formats.safetensors_writer import ShardFile, plan_shards, write_index
 from glm_hf.conversion.streaming.segments import write_in_segments
 from glm_hf.folders.model_folder import read_json
+from glm_hf.quantization.configuration import GLMQuantizationConfig
 
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf", "*.index.json", ".*")
 
@@ -54,7 +55,7 @@ def quantize_checkpoint(
             settings do not fit the weights, or `src` has changed since an interrupted run.
         OSError: If the disk has too little space, or another process is writing to `dst`.
     """
-    quantization = quantization_config(bits=bits, group_size=group_size, quantize_embeddings=quantize_embeddings)
+    quantization = GLMQuantizationConfig(bits=bits, group_size=group_size, quantize_embeddings=quantize_embeddings)
     source = ModelFolder(src)
     if source.quantization is not None:
         raise ValueError(f"{src} is quantized to int{source.bits} already; quantize the model that is not")
@@ -90,7 +91,7 @@ def _copy_small_files(src: Path, folder: Path) -> None:
             shutil.copyfile(path, folder / path.name)
 
 
-def _write_config(src: Path, folder: Path, dtype: torch.dtype, quantization: Quantization) -> None:
+def _write_config(src: Path, folder: Path, dtype: torch.dtype, quantization: GLMQuantizationConfig) -> None:
     """Write the configuration of `src` with how its weights are stored now."""
     fields = read_json(src / "config.json")
     fields |= {"dtype": str(dtype).removeprefix("torch."), "quantization_config": quantization.to_dict()}

@@ -1,8 +1,11 @@
 """How the weights of a model are stored as INT4 or INT8: the entry `quantization_config` of config.json."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from glm_hf.sharding.rules import ROW_PARALLEL
 
 QUANT_METHOD = "glm130b"
 
@@ -15,12 +18,12 @@ class GLMQuantizationConfig(QuantizationConfigMixin):
         bits: 4 or 8.
         group_size: Input features that share a scale; None for one scale per row, the released form.
         modules_to_not_convert: Linears that stay as they are: names, their ends, or regular expressions for their
-            beginnings. The output matrix stays unless `quantize_embeddings` is set.
+            beginnings. The LM head stays unless `quantize_embeddings` is set.
         row_parallel_groups: Scales per row of `attention.dense` and `mlp.dense_4h_to_h` in a model that was quantized
             on that many tensor-parallel ranks, each by itself.
-        quantize_embeddings: Whether the token embedding and the output matrix, tied or not, are stored as INT8 with
+        quantize_embeddings: Whether the token embedding and the LM head, tied or not, are stored as INT8 with
             one scale per row, for 4 bits too.
-        quant_method: The name of this method in config.json.
+        quant_method: Name of this method in config.json.
 
     Raises:
         ValueError: If a value is not one of these.
@@ -56,6 +59,30 @@ class GLMQuantizationConfig(QuantizationConfigMixin):
         self.modules_to_not_convert = modules_to_not_convert
         self.row_parallel_groups = row_parallel_groups
         self.quantize_embeddings = quantize_embeddings
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> "GLMQuantizationConfig":
+        """Return the settings of an entry of config.json; ValueError if a field is not known or not valid."""
+        try:
+            return cls(**fields)
+        except TypeError as error:
+            raise ValueError(f"quantization_config has a field that is not known here: {error}") from error
+
+    def quantizes(self, linear: str) -> bool:
+        """Tell whether a linear of a layer is quantized, by its name in the model."""
+        from transformers.quantizers.quantizers_utils import should_convert_module  # with all of its quantizers
+
+        return should_convert_module(linear, self.modules_to_not_convert or [])
+
+    def num_groups(self, linear: str, in_features: int) -> int:
+        """Return the scales per row of a linear; ValueError if `group_size` does not divide its input features."""
+        if self.group_size is None:
+            return self.row_parallel_groups if linear.endswith(ROW_PARALLEL) else 1
+        if in_features % self.group_size:
+            raise ValueError(
+                f"group_size must divide the {in_features} input features of {linear}, got {self.group_size}"
+            )
+        return in_features // self.group_size
 
     def to_dict(self) -> dict[str, Any]:
         """Return the entry of config.json, which tells of embeddings only where they are quantized."""

@@ -24,11 +24,11 @@ class QuantizedEmbedding(StoredWeight, nn.Embedding):
     Attributes:
         weight: `(V, D)` int8.
         weight_scale: `(V, 1)` fp16.
-        like: `(0)`; its dtype is that of the result, which casts of the model change.
+        output_dtype_like: `(0)`; its dtype is that of the result, which casts of the model change.
     """
 
     bits = EMBEDDING_BITS
-    like: Tensor
+    output_dtype_like: Tensor
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class QuantizedEmbedding(StoredWeight, nn.Embedding):
         self.scale_shape = num_embeddings, 1
         scale = torch.empty(self.scale_shape, dtype=torch.float16, device=device)
         self.weight_scale = nn.Parameter(scale, requires_grad=False)
-        self.register_buffer("like", torch.empty(0, dtype=dtype, device=device), persistent=False)
+        self.register_buffer("output_dtype_like", torch.empty(0, dtype=dtype, device=device), persistent=False)
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the rows `(..., D)` of the tokens `input` `(...)`; on a rank with other rows than theirs, zeros."""
@@ -61,4 +61,4 @@ class QuantizedEmbedding(StoredWeight, nn.Embedding):
 
     def _rows(self, ids: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
         rows = nn.functional.embedding(ids, weight).float() * nn.functional.embedding(ids, weight_scale).float()
-        return rows.to(getattr(self.weight_scale, "cast_dtype", None) or self.like.dtype)
+        return rows.to(getattr(self.weight_scale, "cast_dtype", None) or self.output_dtype_like.dtype)

@@ -74,7 +74,9 @@ class QuantizedLinear(StoredWeight, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x @ weight.T + bias` for `x` `(..., K)`, in its dtype."""
-        return quantized_linear(x, self._parameters["weight"], self.weight_scale, self.bits, self.bias)
+        weight = self._parameters["weight"]
+        assert weight is not None
+        return quantized_linear(x, weight, self.weight_scale, self.bits, self.bias)
 
     def extra_repr(self) -> str:
         """Describe the layer in one line."""

@@ -19,11 +19,11 @@ from glm_hf.quantization.embedding import QuantizedEmbedding
 from glm_hf.quantization.functional import EMBEDDING_BITS, absmax_of_groups, dequantize_rows, quantize_by_absmax
 from glm_hf.quantization.linear import QuantizedLinear
 from glm_hf.quantization.stored_parameter import StoredParameter
+from glm_hf.sharding.rules import ROW_PARALLEL
 
 CASTS_BEFORE_CONVERTING = Version(transformers.__version__) < Version("5.23")
 """Whether the installed transformers casts weights to the dtype of the codes before they are quantized."""
 
-ROW_PARALLEL = ("attention.dense", "mlp.dense_4h_to_h")
 QUANTIZED = (QuantizedLinear, QuantizedEmbedding)
 
 
@@ -68,11 +68,7 @@ class GLMQuantizer(HfQuantizer):
     def _quantized(self, name: str, linear: nn.Linear) -> QuantizedLinear:
         """Return the layer, on meta, that stands for `linear`."""
         config = self.quantization_config
-        num_groups = config.row_parallel_groups if name.endswith(ROW_PARALLEL) else 1
-        if config.group_size is not None:
-            if linear.in_features % config.group_size:
-                raise ValueError(f"group_size must divide the {linear.in_features} input features of {name}")
-            num_groups = linear.in_features // config.group_size
+        num_groups = config.num_groups(name, linear.in_features)
         try:
             return QuantizedLinear(
                 linear.in_features,
@@ -125,7 +121,7 @@ class GLMQuantizer(HfQuantizer):
         return QuantizeWeight()
 
     def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
-        """Leave the scales of row-parallel weights whole where a row has one; groups are cut as their columns are."""
+        """Replicate scales of row-parallel weights with one per row; groups are sharded as their columns are."""
         super().update_parallel_plan(model, plan)
         for name, module in model.named_modules():
             layer = re.sub(r"\.\d+\.", ".*.", name)  # as the plan names all layers at once
@@ -167,7 +163,7 @@ class QuantizeWeight(ConversionOps):
         group_size = min(num_columns // module.weight_scale.shape[1], weight.shape[1])
         try:
             absmax = absmax_of_groups(weight, group_size)
-            if is_cut_by_columns(module) and module.weight_scale.shape[1] == 1:
+            if is_sharded_by_columns(module) and module.weight_scale.shape[1] == 1:
                 distributed.all_reduce(absmax, distributed.ReduceOp.MAX, module.weight.device_mesh.get_group())
             codes, scale = quantize_by_absmax(weight, absmax, module.bits)
         except ValueError as error:
@@ -175,13 +171,13 @@ class QuantizeWeight(ConversionOps):
         return {full_layer_name: codes, f"{full_layer_name}_scale": scale}
 
 
-def is_cut_by_columns(module: QuantizedLinear | QuantizedEmbedding) -> bool:
+def is_sharded_by_columns(module: QuantizedLinear | QuantizedEmbedding) -> bool:
     """Tell whether every tensor-parallel rank holds some columns of the layer's weight."""
     return isinstance(module.weight, DTensor) and module.weight.placements[0].is_shard(dim=1)
 
 
 def require_divisible(name: str, module: QuantizedLinear, tp_size: int) -> None:
-    """Raise ValueError unless the columns of a row-parallel layer, and its groups, can be cut over the ranks."""
+    """Raise ValueError unless the columns of a row-parallel layer, and its groups, can be sharded over the ranks."""
     num_bytes, num_groups = module.weight.shape[1], module.weight_scale.shape[1]
     if num_bytes % tp_size or (num_groups > 1 and num_groups % tp_size):
         what = f"{num_groups} groups" if num_groups > 1 else f"{num_bytes} bytes"
@@ -190,18 +186,19 @@ def require_divisible(name: str, module: QuantizedLinear, tp_size: int) -> None:
 
 def keep_floating_point(model: PreTrainedModel) -> None:
     """Make codes on meta floating point, since weights are cast to their dtype before they are converted."""
+    placeholders: dict[nn.Parameter, nn.Parameter] = {}  # what is tied stays tied
     for module in model.modules():
         if isinstance(module, QUANTIZED):
             codes = module._parameters["weight"]
             assert codes is not None, "a quantized layer has codes"
-            placeholder = torch.empty(codes.shape, dtype=model.dtype, device="meta")
-            tied = getattr(codes, "placeholder", None)
-            codes.placeholder = nn.Parameter(placeholder, requires_grad=False) if tied is None else tied
-            module._parameters["weight"] = codes.placeholder
+            if codes not in placeholders:
+                empty = torch.empty(codes.shape, dtype=model.dtype, device="meta")
+                placeholders[codes] = nn.Parameter(empty, requires_grad=False)
+            module._parameters["weight"] = placeholders[codes]
 
 
 def quantize_embeddings(model: PreTrainedModel) -> None:
-    """Replace the embedding and the output matrix, on meta; where they are tied, their scales are tied as well."""
+    """Replace the embedding and the LM head, on meta; where they are tied, their scales are tied as well."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     dtype = embedding.weight.dtype
     quantized = QuantizedEmbedding(embedding.num_embeddings, embedding.embedding_dim, dtype=dtype, device="meta")

@@ -246,6 +246,10 @@ class StoredWeight(nn.Module):
             )
         return stored.seen() if isinstance(stored, StoredParameter) else stored
 
+    @weight.setter
+    def weight(self, value: nn.Parameter | None) -> None:
+        self.register_parameter("weight", value)
+
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Register what others have seen as the parameter behind it, and in the place of a stored one a stored one."""
         param = getattr(param, "stored", param)

@@ -150,7 +150,7 @@ class PiecewiseLinear:
         return values[left] + np.clip(share, 0, 1) * (values[right] - values[left])
 
 
-def data_numbers(samples: np.ndarray, skipped: Sequence[tuple[int, int]]) -> np.ndarray:
+def sample_indices(samples: np.ndarray, skipped: Sequence[tuple[int, int]]) -> np.ndarray:
     """
     Return which samples of the data are trained on when some ranges are left out.
 

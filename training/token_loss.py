@@ -1,19 +1,23 @@
-"""Losses as means over predicted tokens, in training and in evaluation.
+"""Losses as means over predicted tokens, in training and in evaluation, also for transformers' own `Trainer`:
+
+    Trainer(..., preprocess_logits_for_metrics=token_losses, compute_metrics=mean_token_loss)
 
 Shapes: `B` rows, `L` length, `V` vocabulary.
 """
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import EvalPrediction, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from glm_hf.training.arguments import GLMTrainingArguments
 from glm_hf.training.data.blanks import IGNORED
-from glm_hf.training.loss_meter import NOT_KNOWN, LossMeter, row_losses
+from glm_hf.training.measurements import NOT_KNOWN, LossMeter, row_losses
 from glm_hf.training.pipeline.micro_batches import Batch, predicted_by
 
 
@@ -132,3 +136,21 @@ def rows_of_mean(loss: torch.Tensor, count: Any, inputs: Batch) -> torch.Tensor:
     share = torch.as_tensor(count, device=loss.device).double() / size
     row = torch.stack((loss.detach().double() * share, share, torch.full_like(share, NOT_KNOWN)))
     return row.expand(size, 3)
+
+
+def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """
+    Return the loss of every label `(B, L)` in fp32, 0 where nothing is predicted.
+
+    Args:
+        logits: `(B, L, V)`.
+        labels: `(B, L)`, each predicted one token before, as `DataCollatorForBlankInfilling` returns them.
+    """
+    losses = F.cross_entropy(logits[:, :-1].mT.float(), labels[:, 1:], reduction="none", ignore_index=IGNORED)
+    return F.pad(losses, (1, 0))  # (B, L)
+
+
+def mean_token_loss(prediction: EvalPrediction) -> dict[str, float]:
+    """Return what becomes `eval_loss`: the mean of `token_losses` over all predicted tokens."""
+    is_target = prediction.label_ids != IGNORED
+    return {"loss": float(np.asarray(prediction.predictions, dtype=np.float64)[is_target].mean())}

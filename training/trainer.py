@@ -20,7 +20,15 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy, rotate_checkpoints
 from transformers.utils import logging
 
-from glm_hf.training.arguments import GLMTrainingArguments
+from glm_hf.training.arguments import (
+    REFUSED,
+    SAMPLE_SCHEDULE,
+    GLMTrainingArguments,
+    require_all_processes_apart,
+    require_honoured,
+    require_one_schedule,
+    require_whole_steps,
+)
 from glm_hf.training.checkpoints import STAGING, staged_checkpoint
 from glm_hf.training.data.collator import DataCollatorForBlankInfilling
 from glm_hf.training.data.dataset import BlankInfillingDataset
@@ -28,19 +36,10 @@ from glm_hf.training.data.sampler import ShuffledEpochs, StepSampler, loader_opt
 from glm_hf.training.deepspeed_zero import DeferredStep, gradient_norm
 from glm_hf.training.divergence import DivergenceError, DivergenceWatch, record_event, stop_message
 from glm_hf.training.gradient_shrink import shrink_embedding_gradient
-from glm_hf.training.loss_meter import LossMeter
-from glm_hf.training.pipeline.micro_batches import Batch, cut_rows
+from glm_hf.training.measurements import LossMeter, flops_per_token, peak_tflops
+from glm_hf.training.pipeline.micro_batches import Batch, split_rows
 from glm_hf.training.schedules import BatchSchedule, LearningRateSchedule, PiecewiseLinear, parse_ranges
-from glm_hf.training.throughput import flops_per_token, peak_tflops
 from glm_hf.training.token_loss import TokenLossTrainer
-from glm_hf.training.unsupported import (
-    REFUSED,
-    SAMPLE_SCHEDULE,
-    require_all_processes_apart,
-    require_honoured,
-    require_one_schedule,
-    require_whole_steps,
-)
 
 STATE_FILE = "glm_training_state.json"
 
@@ -136,6 +135,7 @@ class GLMTrainer(TokenLossTrainer):
         """Return `(steps + 1,)` the samples before every step and after the last."""
         args = self.args
         full = args.global_batch_size
+        assert full is not None, "the arguments have set it"
         if args.max_steps > 0 and args.batch_ramp_start is not None:
             raise ValueError("a batch ramp is a share of the samples: give train_samples instead of max_steps")
         if args.max_steps > 0:
@@ -169,8 +169,8 @@ class GLMTrainer(TokenLossTrainer):
         self, args: GLMTrainingArguments, dataloader: DataLoader
     ) -> tuple[int, int, int, int, int, int, int]:
         """Return the counts of a run that is one pass over the loader."""
-        steps, samples = len(dataloader), int(self.samples_before[-1])
-        return 1, steps, len(self.train_dataset), samples, args.global_batch_size, steps, steps
+        steps, samples, batch_size = len(dataloader), int(self.samples_before[-1]), args.global_batch_size or 0
+        return 1, steps, len(self.train_dataset), samples, batch_size, steps, steps
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Make the learning rate follow the samples, unless another schedule is asked for."""
@@ -194,7 +194,7 @@ class GLMTrainer(TokenLossTrainer):
         uses_zero = self.is_deepspeed_enabled
         if uses_zero and not isinstance(self.accelerator.deepspeed_engine_wrapped, DeferredStep):
             self.accelerator.deepspeed_engine_wrapped = DeferredStep(self.model_wrapped)
-        pieces = self._cut(inputs)
+        pieces = self._split(inputs)
         items = self._items_of(pieces, num_items_in_batch)
         losses = []
         for number, (piece, num_items) in enumerate(zip(pieces, items, strict=True), 1):
@@ -222,10 +222,10 @@ class GLMTrainer(TokenLossTrainer):
             alpha = float(self.alpha_schedule(np.array(self.state.global_step)))
             shrink_embedding_gradient(self.model, alpha * self.alpha_factor)
 
-    def _cut(self, inputs: Batch) -> list[Batch]:
+    def _split(self, inputs: Batch) -> list[Batch]:
         """Return a step's samples in pieces of `per_device_train_batch_size`, or less if `auto_find_batch_size`."""
         first, end = self.samples_before[self.state.global_step : self.state.global_step + 2]
-        return cut_rows(inputs, -(-(int(end - first) // self.data_size) // self._train_batch_size))
+        return split_rows(inputs, -(-(int(end - first) // self.data_size) // self._train_batch_size))
 
     def _measure_embedding(self) -> torch.Tensor | None:
         """Return the norm of the embedding's gradient, without a loss scale; None where it is not trained."""

@@ -14,16 +14,22 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from glm_hf.configuration_glm import GLMConfig
 from glm_hf.folders.model_folder import read_config
-from glm_hf.sharding.degrees import Parallel
-from glm_hf.training.arguments import GLMTrainingArguments
+from glm_hf.training.arguments import (
+    MATRIX_FREE,
+    REFUSED_3D,
+    REFUSED_OBJECTS_3D,
+    GLMTrainingArguments,
+    require_honoured,
+    require_objects,
+)
 from glm_hf.training.data.blanks import IGNORED
 from glm_hf.training.data.sampler import loader_options
-from glm_hf.training.loss_meter import LossMeter
+from glm_hf.training.measurements import LossMeter
 from glm_hf.training.pipeline.checkpoint import load_engine, require_own, save_engine
 from glm_hf.training.pipeline.engine import (
+    check_before_update,
     deepspeed_3d_config,
     global_norm,
-    look_before_update,
     make_engine,
     squared_norm,
     start_deepspeed,
@@ -32,13 +38,6 @@ from glm_hf.training.pipeline.engine import (
 from glm_hf.training.pipeline.heartbeat import Heartbeat
 from glm_hf.training.pipeline.micro_batches import Batch, common_shape, empty_batch, micro_batches, require_names
 from glm_hf.training.trainer import GLMTrainer
-from glm_hf.training.unsupported import (
-    MATRIX_FREE,
-    REFUSED_3D,
-    REFUSED_OBJECTS_3D,
-    require_honoured,
-    require_objects,
-)
 
 EVAL_ROUNDS = 4  # micro-batches per stage that are evaluated in one go, so that stages rarely wait
 
@@ -79,12 +78,12 @@ class GLM3DTrainer(GLMTrainer):
         **kwargs: Any,
     ) -> None:
         if not isinstance(args, GLMTrainingArguments) or args.parallel is None:
-            raise ValueError("GLM3DTrainer takes GLMTrainingArguments with parallel={tensor, pipeline, data}")
+            raise ValueError("GLM3DTrainer takes GLMTrainingArguments with parallel={tp_size, pp_size, dp_size}")
         require_objects(kwargs, REFUSED_OBJECTS_3D, "GLM3DTrainer")
         require_honoured(args, self.refused, "GLM3DTrainer")
         if args.optim not in MATRIX_FREE:
             raise ValueError(f"optim must be one of {', '.join(MATRIX_FREE)}, as no process has whole matrices")
-        self.parallel = Parallel.of(args.parallel)
+        self.parallel = args.parallel
         self.stage, _, self.tensor_rank = self.parallel.coordinates(args.process_index)
         super().__init__(self._make_pipeline(model, args, config), args, data_collator, **kwargs)
         self.model.observe = self._observe
@@ -121,7 +120,7 @@ class GLM3DTrainer(GLMTrainer):
     @property
     def data_size(self) -> int:
         """Copies of the model, each with its own samples."""
-        return self.parallel.data
+        return self.parallel.dp_size
 
     @property
     def is_reporter(self) -> bool:
@@ -141,7 +140,7 @@ class GLM3DTrainer(GLMTrainer):
         """Return the engine, made when it is first needed."""
         if self.engine is None:
             self.engine = make_engine(self.model, self.create_optimizer(), deepspeed_settings(self.args))
-            look_before_update(self.engine, self._may_update)
+            check_before_update(self.engine, self._may_update)
         return self.engine
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -178,7 +177,7 @@ class GLM3DTrainer(GLMTrainer):
         require_names(inputs)
         self._begin_step()
         torch.manual_seed(self._seed_of_step())
-        pieces = self._cut(inputs)
+        pieces = self._split(inputs)
         items = self._items_of(pieces, num_items_in_batch)
         factors = [len(pieces) * self.num_averaged / float(count) for count in items]  # the engine takes means
         self.engine.set_train_batch_size(len(pieces) * self.args.per_device_train_batch_size * self.data_size)
@@ -240,7 +239,7 @@ class GLM3DTrainer(GLMTrainer):
 
     def floating_point_ops(self, inputs: Batch) -> float:
         """Return the operations of a step's inputs, of which every process of a copy of the model reports a part."""
-        return super().floating_point_ops(inputs) / (self.parallel.tensor * self.parallel.pipeline)
+        return super().floating_point_ops(inputs) / (self.parallel.tp_size * self.parallel.pp_size)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Return a loader of this copy's share of the batches, in turns."""
@@ -271,7 +270,7 @@ class GLM3DTrainer(GLMTrainer):
         self.eval_meter.take()
         number, size = len(cast(Sized, dataloader.dataset)), self.args.per_device_eval_batch_size
         rounds = -(-number // (size * self.data_size))  # of the copy that has the most batches
-        at_once = min(rounds, EVAL_ROUNDS * self.parallel.pipeline)
+        at_once = min(rounds, EVAL_ROUNDS * self.parallel.pp_size)
         batches = iter(dataloader)
         nothing = empty_batch(self.model.config.pad_token_id)
         for _ in range(-(-rounds // at_once)):
@@ -290,7 +289,7 @@ class GLM3DTrainer(GLMTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write a Hugging Face folder, each stage its own files; within a checkpoint, what training goes on from."""
-        from glm_hf.training.pipeline.folder import save_folder
+        from glm_hf.training.pipeline.weights import save_folder
 
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
         if _internal_call and not self.args.save_only_model:
@@ -330,11 +329,11 @@ class GLM3DTrainer(GLMTrainer):
 
 def deepspeed_settings(args: GLMTrainingArguments) -> dict[str, Any]:
     """Return the configuration of DeepSpeed that training arguments ask for."""
-    parallel = Parallel.of(args.parallel)
+    degrees = args.parallel
     return deepspeed_3d_config(
-        parallel.tensor,
-        parallel.pipeline,
-        parallel.data,
+        degrees.tp_size,
+        degrees.pp_size,
+        degrees.dp_size,
         micro_batch_size=args.per_device_train_batch_size,
         global_batch_size=args.global_batch_size,
         precision=precision_of(args),

@@ -72,7 +72,7 @@ def _plot_distribution(analysis: Analysis) -> Figure:
     for axes, kind in zip(panels, analysis["kinds"], strict=True):
         for tensor in analysis["tensors"]:
             if tensor["kind"] == kind and tensor["std"]:
-                color = "black" if tensor["layer"] is None else colors.to_rgba(tensor["layer"])
+                color = "black" if tensor["layer"] is None else colors.to_rgba(np.array(tensor["layer"]))
                 axes.plot(
                     *_density(tensor, analysis["histogram_edges"]), color=color, linewidth=0.8, drawstyle="steps-mid"
                 )
@@ -143,7 +143,7 @@ def _plot_by_layer(axes: Axes, analysis: Analysis, value: Callable[[TensorAnalys
         if tensors[0]["layer"] is None:
             axes.axhline(values[0], color="black", linestyle="--" if kind == "embed_tokens" else ":", label=kind)
         else:
-            layers = [tensor["layer"] for tensor in tensors]
+            layers = [tensor["layer"] or 0 for tensor in tensors]
             axes.plot(layers, values, color=color, marker=marker, markersize=3, linewidth=1, label=kind)
     axes.set_xlabel("layer")
     axes.xaxis.set_major_locator(_integers())

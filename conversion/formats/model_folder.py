@@ -14,11 +14,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from glm_hf.conversion.formats.model_tensors import model_tensors, quantization_config
+from glm_hf.conversion.formats.model_tensors import model_tensors
 from glm_hf.conversion.formats.safetensors_writer import DTYPE_NAMES
 from glm_hf.conversion.streaming.blocks import read_merged
 from glm_hf.conversion.streaming.stored_tensor import StoredTensor, contiguous_stride
 from glm_hf.folders.model_folder import parse_config, read_json, require_files, weight_files
+from glm_hf.quantization.configuration import GLMQuantizationConfig
 from glm_hf.sharding.rules import REPLICATED
 
 
@@ -49,7 +50,7 @@ class ModelFolder:
             if not isinstance(stored_as, dict):
                 raise ValueError(f"{src}/config.json: quantization_config must be an object, got {stored_as}")
             try:
-                self.quantization = quantization_config(**stored_as)
+                self.quantization = GLMQuantizationConfig.of(stored_as)
             except ValueError as error:
                 raise ValueError(f"{src}/config.json: {error}") from error
         paths = weight_files(self._folder)

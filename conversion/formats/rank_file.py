@@ -152,7 +152,7 @@ def _locate(path: Path, name: str, value: Any, members: dict[int, Member]) -> St
         raise zipfile.BadZipFile(f"the bytes of {name} are not where they should be")
     shape = tuple(value.shape)
     stride = contiguous_stride(shape) if value.is_contiguous() else value.stride()
-    offset = member.offset + value.storage_offset() * value.element_size()
+    offset = member.offset + int(value.storage_offset()) * value.element_size()
     return StoredTensor(path, name, value.dtype, shape, stride, offset, member)
 
 

@@ -1,6 +1,6 @@
 """Move tensors in blocks of rows, in order: join the parts of ranks, cut for ranks, and read ahead of the writer."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from typing import TypeVar
@@ -55,7 +55,7 @@ def split_block(
         block = block[left:]
 
 
-def read_ahead(items: Iterator[Item]) -> Iterator[Item]:
+def read_ahead(items: Iterator[Item]) -> Generator[Item]:
     """
     Yield `items`, of which a thread makes the next one while the caller works on the last.
 

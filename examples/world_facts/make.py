@@ -16,7 +16,8 @@ from evaluate import evaluate, print_table
 from tokenizer import train_tokenizer
 
 from glm_hf import GLMForBlankInfilling, GLMQuantizationConfig, GLMTokenizer
-from glm_hf.training.launch import RunConfig, train_run
+from glm_hf.training.launch import train_run
+from glm_hf.training.run_config import RunConfig
 
 FOLDER = Path("examples/world_facts")
 BUILD = FOLDER / "build"

@@ -249,8 +249,8 @@ class GLMPreTrainedModel(PreTrainedModel):
         hidden, inner = self.config.hidden_size, self.config.intermediate_size
         shrink = (2 * self.config.num_hidden_layers) ** -0.5
         if not all(parameter.is_floating_point() for parameter in module.parameters()):
-            if hasattr(module, "require_loaded"):  # a quantized layer, whose codes cannot be drawn at random
-                module.require_loaded(self)
+            if (require_loaded := getattr(module, "require_loaded", None)) is not None:
+                require_loaded(self)  # a quantized layer, whose codes cannot be drawn at random
         elif isinstance(module, nn.Embedding):
             init.xavier_normal_(module.weight)
         elif isinstance(module, GLMRotaryEmbedding):

@@ -262,7 +262,7 @@ def test_quantization_that_is_not_valid(change, tmp_path):
 def test_vocabulary_that_cannot_be_cut(tmp_path):
     config = GLMConfig(**golden_config("cfg1").to_dict() | {"vocab_size": 162})
     type(golden_model("cfg1"))(config).save_pretrained(tmp_path / "hf")
-    with pytest.raises(ValueError, match=r"tp_size must cut dimension 0 of a tensor of shape \(162, 64\)"):
+    with pytest.raises(ValueError, match=r"tp_size must split dimension 0 of a tensor of shape \(162, 64\)"):
         export_sat_checkpoint(tmp_path / "hf", tmp_path / "sat", tp_size=4)
 
 

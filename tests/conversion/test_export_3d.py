@@ -231,8 +231,8 @@ def test_latest_that_names_nothing(tag, src, tmp_path):
 
 @pytest.mark.parametrize("tensor", [0, "2", None, True, [2]])
 def test_degree_that_is_no_number(tensor, src, tmp_path):
-    write_json(src / "parallel.json", tensor=tensor)
-    assert_refused(src, tmp_path / "hf", r"parallel.json: tensor must be the number of tensor-parallel ranks, got")
+    write_json(src / "parallel.json", tp_size=tensor)
+    assert_refused(src, tmp_path / "hf", r"parallel.json: tp_size must be an integer of at least 1, got")
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,10 @@ def test_degree_that_is_no_number(tensor, src, tmp_path):
         ({"num_hidden_layers": 4}, r"layer_04-model_00-model_states.pt: attention.dense.bias is missing; expected"),
         ({"num_hidden_layers": 2}, r"layer_05-model_00-model_states.pt is not of this checkpoint: .* of 5 parts on"),
         ({"num_hidden_layers": 1}, r"layer_04-model_00-model_states.pt is not of this checkpoint: .* of 4 parts on"),
-        ({"vocab_size": 49}, r"and parallel.json do not fit: model.embed_tokens.weight: tp_size must cut dimension 0"),
+        (
+            {"vocab_size": 49},
+            r"and parallel.json do not fit: model.embed_tokens.weight: tp_size must split dim",
+        ),
         ({"vocab_size": 50}, r"layer_00\S+: weight is \(24, 16\) float32, but config.json and .* tell \(25, 16\)"),
         ({"intermediate_size": 20}, r"layer_01\S+: mlp.dense_h_to_4h.weight is \(40, 16\) float32, but .*\(20, 16\)"),
     ],

@@ -12,7 +12,7 @@ from torch import nn
 
 from glm_hf import GLMForBlankInfilling, GLMQuantizationConfig
 from glm_hf.quantization import QuantizedLinear, dequantize_weight, quantize_weight, quantized_linear
-from glm_hf.training.throughput import flops_per_token
+from glm_hf.training.measurements import flops_per_token
 
 SETTINGS = [{"bits": 8}, {"bits": 4}, {"bits": 4, "quantize_embeddings": True}]
 

@@ -68,7 +68,7 @@ def write_checkpoint(
     config = GLMConfig.from_dict(model.config.to_dict())
     config.dtype = model.dtype
     config.save_pretrained(folder)
-    degrees = {"tensor": num_ranks, "pipeline": 2, "data": 1, "partition": None}
+    degrees = {"tp_size": num_ranks, "pp_size": 2, "dp_size": 1, "partition": None}
     (folder / "parallel.json").write_text(json.dumps(degrees))
     (folder / "latest").write_text(TAG)
     return folder

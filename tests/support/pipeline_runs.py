@@ -9,7 +9,7 @@ from forked import run_ranks
 from small_runs import RECIPE, Texts, make_arguments
 
 from glm_hf import GLMConfig, GLMForBlankInfilling
-from glm_hf.sharding.degrees import Parallel
+from glm_hf.sharding.degrees import ParallelDegrees
 from glm_hf.training import DataCollatorForBlankInfilling, GLM3DTrainer
 
 SETTINGS = {
@@ -27,7 +27,7 @@ def import_deepspeed() -> None:
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401, compiles a function
     import torch._dynamo  # noqa: F401
 
-    import glm_hf.training.pipeline.folder  # noqa: F401
+    import glm_hf.training.pipeline.weights  # noqa: F401
 
 
 def allow_half_on_cpu() -> None:
@@ -87,7 +87,7 @@ def train_3d(model: Path, folder: Path, degrees: dict, *, resume: Path | None = 
 def same_on_all(rank_main: Callable[[int], Any], degrees: dict, folder: Path) -> Any:
     """Run a function on as many processes as degrees tell, and return what all of them return."""
     folder.mkdir(exist_ok=True, parents=True)
-    first, *others = run_ranks(rank_main, Parallel.of(degrees).world_size, folder)
+    first, *others = run_ranks(rank_main, ParallelDegrees.of(degrees).world_size, folder)
     assert all(other == first for other in others)
     return first
 

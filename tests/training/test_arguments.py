@@ -14,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 
 from glm_hf import GLMConfig
 from glm_hf.training import GLM3DTrainer, GLMTrainingArguments
-from glm_hf.training.unsupported import REFUSED, REFUSED_3D, REFUSED_OBJECTS_3D
+from glm_hf.training.arguments import REFUSED, REFUSED_3D, REFUSED_OBJECTS_3D
 
 FOLDER = Path(__file__).parent
 # Read by code of Trainer, accelerate or the integrations alone, none of which our trainers override.
@@ -133,7 +133,7 @@ def build(trainer: str, source: Path, args: GLMTrainingArguments, **objects: obj
     [("GLMTrainer", name) for name in sorted(REFUSED)] + [("GLM3DTrainer", name) for name in sorted(REFUSED_3D)],
 )
 def test_an_argument_without_effect_is_refused_by_name(model_folder, tmp_path, trainer, name):
-    args = make_arguments(tmp_path, parallel={"data": 1} if trainer == "GLM3DTrainer" else None)
+    args = make_arguments(tmp_path, parallel={"dp_size": 1} if trainer == "GLM3DTrainer" else None)
     if name not in names_of(GLMTrainingArguments):
         pytest.skip("this transformers has no such argument")
     setattr(args, name, another_value(name))
@@ -175,12 +175,12 @@ def test_defaults_spelled_out_are_no_arguments(model_folder, tmp_path):
 def test_objects_that_a_pipeline_has_no_use_for_are_refused_by_name(model_folder, tmp_path, name):
     value: Callable | tuple = (object(), None) if name == "optimizers" else print
     with pytest.raises(ValueError, match=f"GLM3DTrainer does not take {name}: "):
-        build("GLM3DTrainer", model_folder, make_arguments(tmp_path, parallel={"data": 1}), **{name: value})
+        build("GLM3DTrainer", model_folder, make_arguments(tmp_path, parallel={"dp_size": 1}), **{name: value})
 
 
 @pytest.mark.parametrize("optim", ["adafactor", "lion_32bit", "schedule_free_adamw"])
 def test_optimizers_of_whole_matrices_are_refused_in_a_pipeline(model_folder, tmp_path, optim):
-    args = make_arguments(tmp_path, parallel={"data": 1}, optim=optim)
+    args = make_arguments(tmp_path, parallel={"dp_size": 1}, optim=optim)
     with pytest.raises(ValueError, match="optim must be one of adamw_torch, adamw_torch_fused, sgd"):
         build("GLM3DTrainer", model_folder, args)
 

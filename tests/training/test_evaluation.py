@@ -80,7 +80,7 @@ def test_eval_loss_of_a_stream_is_the_same_on_several_processes(model_folder, tm
         assert metrics == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("degrees", [{"data": 2}, {"tensor": 2, "pipeline": 2}])
+@pytest.mark.parametrize("degrees", [{"dp_size": 2}, {"tp_size": 2, "pp_size": 2}])
 @pytest.mark.parametrize("size", [1, 4])
 def test_eval_loss_is_the_same_under_3d(deep_folder, tmp_path, degrees, size):
     def rank_main(rank: int) -> dict[str, float]:

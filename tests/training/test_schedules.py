@@ -7,8 +7,8 @@ from glm_hf.training.schedules import (
     BatchSchedule,
     LearningRateSchedule,
     PiecewiseLinear,
-    data_numbers,
     parse_ranges,
+    sample_indices,
 )
 
 
@@ -88,7 +88,7 @@ def test_skipped_ranges_leave_out_exactly_their_samples():
     ranges = parse_ranges(["4-4", "2-2"], ends)
     assert ranges == [(4, 8), (16, 24)]
     expected = [n for n in range(100) if not 4 <= n < 8 and not 16 <= n < 24]
-    assert data_numbers(np.arange(80), ranges).tolist() == expected[:80]
+    assert sample_indices(np.arange(80), ranges).tolist() == expected[:80]
     assert parse_ranges(["1-5"], ends) == [(0, 32)]
     assert parse_ranges(["3-4", "1-2"], ends) == [(0, 8), (8, 24)]
 

@@ -23,11 +23,11 @@ from small_runs import SomeTwice, Texts, make_trainer
 
 from glm_hf import GLMConfig
 from glm_hf.conversion import export_3d_checkpoint
-from glm_hf.sharding.degrees import Parallel
+from glm_hf.sharding.degrees import ParallelDegrees
 from glm_hf.training import GLM3DTrainer
 from glm_hf.training.trainer_3d import EVAL_ROUNDS
 
-ALL = {"tensor": 2, "pipeline": 2, "data": 2}
+ALL = {"tp_size": 2, "pp_size": 2, "dp_size": 2}
 SAVING = {"save_strategy": "steps", "save_steps": 4, "eval_strategy": "steps", "eval_steps": 4}
 SAVING |= {"per_device_eval_batch_size": 2}  # 5 batches, which 2 copies of the model cannot share equally
 EXACT = 1e-5  # of losses, norms and weights: sums in another order
@@ -87,7 +87,7 @@ def test_a_checkpoint_becomes_a_folder(tmp_path, spread):
 
 @pytest.mark.parametrize(("pipeline", "tensor", "data"), [(4, 1, 2), (1, 2, 2), (2, 2, 1)])
 def test_other_degrees_train_as_one_process_does(deep_folder, tmp_path, alone, pipeline, tensor, data):
-    degrees = {"tensor": tensor, "pipeline": pipeline, "data": data}
+    degrees = {"tp_size": tensor, "pp_size": pipeline, "dp_size": data}
     history = train_3d(deep_folder, tmp_path / "run", degrees)
     compare(steps(history), steps(alone[0]), EXACT)
     assert largest_difference(tmp_path / "run" / "model", alone[1]) <= EXACT
@@ -124,7 +124,7 @@ def test_a_run_goes_on_exactly_where_a_checkpoint_was(deep_folder, tmp_path, spr
 )
 def test_a_run_goes_on_with_other_degrees(deep_folder, tmp_path, spread, pipeline, tensor, data, partition):
     folder, history = spread
-    degrees = {"tensor": tensor, "pipeline": pipeline, "data": data, "partition": partition}
+    degrees = {"tp_size": tensor, "pp_size": pipeline, "dp_size": data, "partition": partition}
     killed_before = folder / "checkpoint-4" / ".global_step4_universal.partial" / "zero"
     killed_before.mkdir(parents=True, exist_ok=True)
     again = train_3d(deep_folder, tmp_path / "run", degrees, resume=folder / "checkpoint-4", **SAVING)
@@ -136,7 +136,7 @@ def test_a_run_goes_on_with_other_degrees(deep_folder, tmp_path, spread, pipelin
 def test_a_tied_matrix_comes_from_unequal_stages(deep_folder, tmp_path):
     """The copy of the last stage, which another part of the optimizer updates, must not be taken for a part."""
     options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
-    unequal, equal = {"pipeline": 2, "data": 2, "partition": [1, 3]}, {"pipeline": 2, "data": 2}
+    unequal, equal = {"pp_size": 2, "dp_size": 2, "partition": [1, 3]}, {"pp_size": 2, "dp_size": 2}
     history = train_3d(deep_folder, tmp_path / "run", unequal, **options)
     again = train_3d(deep_folder, tmp_path / "again", equal, resume=tmp_path / "run" / "checkpoint-2", **options)
     compare(again[:-1], history[:-1], EXACT)
@@ -156,9 +156,9 @@ def test_an_output_matrix_of_its_own(model_folder, deep_folder, tmp_path):
         return [without_times(entry) for entry in logs_of(trainer)]
 
     expected = wait(start(train, tmp_path / "result"), tmp_path / "result")
-    degrees = {"tensor": 2, "pipeline": 2, "data": 1}
+    degrees = {"tp_size": 2, "pp_size": 2, "dp_size": 1}
     compare(steps(train_3d(untied, tmp_path / "run", degrees, **options)), expected, EXACT)
-    again = train_3d(untied, tmp_path / "again", {"data": 2}, resume=tmp_path / "run" / "checkpoint-2", **options)
+    again = train_3d(untied, tmp_path / "again", {"dp_size": 2}, resume=tmp_path / "run" / "checkpoint-2", **options)
     compare(steps(again), expected, EXACT)
     weights = weights_of(tmp_path / "alone" / "model")
     assert not torch.equal(weights["lm_head.weight"], weights["model.embed_tokens.weight"])
@@ -170,7 +170,7 @@ def test_an_output_matrix_of_its_own(model_folder, deep_folder, tmp_path):
 
 def test_dropout_is_drawn_again_for_checkpointed_activations_and_resumed_runs(deep_folder, tmp_path):
     """A layer that is computed twice, or in another process after a resume, must drop the same."""
-    degrees = {"tensor": 2, "pipeline": 1, "data": 1}
+    degrees = {"tp_size": 2, "pp_size": 1, "dp_size": 1}
     options = {"dropout": 0.2, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     history = train_3d(deep_folder, tmp_path / "plain", degrees, **options)
     checkpointed = train_3d(deep_folder, tmp_path / "less", degrees, activation_checkpointing=True, **options)
@@ -181,7 +181,7 @@ def test_dropout_is_drawn_again_for_checkpointed_activations_and_resumed_runs(de
 
 def test_ranks_of_a_layer_drop_alike_but_for_their_heads(deep_folder, tmp_path):
     """What is dropped from the residuals must be the same on both, and of the attention another for every head."""
-    degrees = {"tensor": 2, "pipeline": 1, "data": 1}
+    degrees = {"tp_size": 2, "pp_size": 1, "dp_size": 1}
 
     def rank_main(rank: int):
         trainer = make_3d_trainer(deep_folder, tmp_path / "run", degrees, dropout=0.5, max_steps=2)
@@ -203,7 +203,7 @@ def test_ranks_of_a_layer_drop_alike_but_for_their_heads(deep_folder, tmp_path):
 
 def test_the_batch_grows_as_it_does_in_one_process(deep_folder, tmp_path):
     ramp = {"max_steps": -1, "train_samples": 60, "batch_ramp_start": 4, "batch_ramp_share": 0.6}
-    degrees = {"tensor": 1, "pipeline": 2, "data": 2}
+    degrees = {"tp_size": 1, "pp_size": 2, "dp_size": 2}
     history = train_3d(deep_folder, tmp_path / "run", degrees, **ramp)
 
     def train():
@@ -227,7 +227,7 @@ def test_the_batch_grows_as_it_does_in_one_process(deep_folder, tmp_path):
     ids=lambda options: next(iter(options)),
 )
 def test_arguments_have_the_effect_of_one_process(deep_folder, tmp_path, options):
-    degrees = {"tensor": 2, "pipeline": 1, "data": 2}
+    degrees = {"tp_size": 2, "pp_size": 1, "dp_size": 2}
     options = options | {"max_steps": 3}
 
     def train(trainer):
@@ -250,7 +250,7 @@ def test_arguments_have_the_effect_of_one_process(deep_folder, tmp_path, options
 def test_rows_that_are_not_shared_equally_are_filled_up(deep_folder, tmp_path):
     """A collator of one's own may give a copy of the model more rows than the other, and pieces of unequal size."""
     options = {"max_steps": 3, "global_batch_size": 12}
-    degrees = {"tensor": 1, "pipeline": 2, "data": 2}
+    degrees = {"tp_size": 1, "pp_size": 2, "dp_size": 2}
 
     def train(trainer):
         trainer.data_collator = SomeTwice(trainer.data_collator, every=5)
@@ -271,7 +271,7 @@ def test_rows_that_are_not_shared_equally_are_filled_up(deep_folder, tmp_path):
 def test_all_ranks_log_the_same(deep_folder, tmp_path):
     def rank_main(rank: int):
         trainer = make_3d_trainer(
-            deep_folder, tmp_path / "run", {"tensor": 2, "pipeline": 2, "data": 1}, max_steps=1, peak_tflops=0.001
+            deep_folder, tmp_path / "run", {"tp_size": 2, "pp_size": 2, "dp_size": 1}, max_steps=1, peak_tflops=0.001
         )
         trainer.train()
         [log] = logs_of(trainer)
@@ -295,7 +295,7 @@ def test_the_best_model_comes_back_at_the_end(deep_folder, tmp_path):
     """The worst, in fact, which is the earliest."""
     options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
     options |= {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
-    history = train_3d(deep_folder, tmp_path / "run", {"pipeline": 2}, save_total_limit=2, **options)
+    history = train_3d(deep_folder, tmp_path / "run", {"pp_size": 2}, save_total_limit=2, **options)
     first, last = (entry["eval_loss"] for entry in history if "eval_loss" in entry)
     assert first > last
     assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
@@ -310,7 +310,7 @@ def test_evaluation_before_training(deep_folder, tmp_path):
     assert EVALUATED > EVAL_ROUNDS * 2
 
     def rank_main(rank: int) -> float:
-        trainer = make_3d_trainer(deep_folder, tmp_path / "run", {"tensor": 1, "pipeline": 2, "data": 1}, **single)
+        trainer = make_3d_trainer(deep_folder, tmp_path / "run", {"tp_size": 1, "pp_size": 2, "dp_size": 1}, **single)
         return trainer.evaluate()["eval_loss"]
 
     def whole() -> float:
@@ -318,12 +318,12 @@ def test_evaluation_before_training(deep_folder, tmp_path):
         return trainer.evaluate()["eval_loss"]
 
     expected = wait(start(whole, tmp_path / "result"), tmp_path / "result")
-    assert same_on_all(rank_main, {"pipeline": 2}, tmp_path / "ranks") == pytest.approx(expected, abs=EXACT)
+    assert same_on_all(rank_main, {"pp_size": 2}, tmp_path / "ranks") == pytest.approx(expected, abs=EXACT)
 
 
 def test_a_checkpoint_of_the_model_only_is_a_folder(deep_folder, tmp_path):
     options = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1, "save_only_model": True}
-    train_3d(deep_folder, tmp_path / "run", {"pipeline": 2}, **options)
+    train_3d(deep_folder, tmp_path / "run", {"pp_size": 2}, **options)
     weights = weights_of(tmp_path / "run" / "model")
     assert largest_difference(tmp_path / "run" / "checkpoint-1", weights) == 0
     assert not (tmp_path / "run" / "checkpoint-1" / "parallel.json").exists()
@@ -331,7 +331,7 @@ def test_a_checkpoint_of_the_model_only_is_a_folder(deep_folder, tmp_path):
 
 def test_steps_and_places_draw_apart_but_ranks_of_a_layer_alike():
     def seed(rank: int, step: int = 3, seed: int = 1) -> int:
-        parallel = Parallel(tensor=2, pipeline=2, data=2)
+        parallel = ParallelDegrees(tp_size=2, pp_size=2, dp_size=2)
         stage, data_rank, _ = parallel.coordinates(rank)
         args, state = SimpleNamespace(seed=seed), SimpleNamespace(global_step=step)
         return GLM3DTrainer._seed_of_step(SimpleNamespace(args=args, state=state, stage=stage, data_rank=data_rank))

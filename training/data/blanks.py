@@ -79,7 +79,7 @@ def place_spans(lengths: np.ndarray, count: np.ndarray, span_lengths: np.ndarray
     sample = np.repeat(np.arange(len(lengths)), count)
     covered = np.bincount(sample, span_lengths, minlength=len(lengths)).astype(np.int64)
     num_gaps = lengths - covered + 1  # before, between and behind the tokens that stay
-    chosen = np.sort(draw_within(num_gaps, count, keys, PLACE))  # in one text, then the next
+    chosen = np.sort(draw_entries(num_gaps, count, keys, PLACE))  # in one text, then the next
     gap = chosen - np.repeat(exclusive_sum(num_gaps), count)
     before = exclusive_sum(span_lengths)
     before -= np.repeat(exclusive_sum(covered), count)  # tokens of earlier spans of the same text
@@ -120,7 +120,7 @@ def draw_sentence_spans(
         is_sentence |= ~has_sentence[sample]
         start, end, sample = start[is_sentence], end[is_sentence], sample[is_sentence]
     sentences = np.bincount(sample, minlength=len(lengths))
-    order = draw_within(sentences, sentences, keys, PLACE)
+    order = draw_entries(sentences, sentences, keys, PLACE)
     length = (end - start + 1)[order]
     covered_before = exclusive_sum(length)
     first = np.searchsorted(sample, np.arange(len(lengths)))  # `order` keeps the texts apart
@@ -142,7 +142,7 @@ def draw_suffixes(lengths: np.ndarray, recipe: InfillingRecipe, keys: np.ndarray
     return Spans(np.arange(len(lengths)), exclusive_sum(lengths) + lengths - length, length)
 
 
-def draw_within(counts: np.ndarray, wanted: np.ndarray, keys: np.ndarray, purpose: np.uint64) -> np.ndarray:
+def draw_entries(counts: np.ndarray, wanted: np.ndarray, keys: np.ndarray, purpose: np.uint64) -> np.ndarray:
     """
     Draw some entries of ragged parts, all equally likely, none twice and in random order.
 
@@ -174,7 +174,7 @@ def draw_within(counts: np.ndarray, wanted: np.ndarray, keys: np.ndarray, purpos
     return start[drawn >> np.uint64(44)] + (drawn & np.uint64(0xFFFF)).astype(np.int64)
 
 
-def cut_blanks(
+def mask_spans(
     tokens: np.ndarray, lengths: np.ndarray, spans: Spans, mask_token_id: int, eos_token_id: int, order: np.ndarray
 ) -> InfilledTexts:
     """

@@ -17,18 +17,18 @@ from glm_hf.tokenization_glm import GLMTokenizer
 from glm_hf.training.data.blanks import (
     IGNORED,
     InfilledTexts,
-    cut_blanks,
+    draw_entries,
     draw_sentence_spans,
     draw_suffixes,
-    draw_within,
     draw_word_spans,
     exclusive_sum,
     first_in_each,
     lay_out,
+    mask_spans,
     ragged_range,
 )
 from glm_hf.training.data.document_spans import keep_inside_documents
-from glm_hf.training.data.packing import Row, choose_objectives, cut, next_fit
+from glm_hf.training.data.packing import Row, choose_objectives, next_fit, split_documents
 from glm_hf.training.data.random_numbers import OBJECTIVE, ORDER, PART, keys_of, uniform
 from glm_hf.training.data.recipe import OBJECTIVES, InfillingRecipe
 
@@ -149,21 +149,20 @@ class DataCollatorForBlankInfilling:
         """
         samples_per_row = np.array([len(row.lengths) for row in rows])
         numbers = ragged_range(np.zeros_like(samples_per_row), samples_per_row)
-        joined = Row(
-            rows[0].objective,
-            *(np.concatenate([getattr(row, name) for row in rows]) for name in ("tokens", "lengths", "is_end")),
-            sample_id=-1,
+        tokens, lengths, is_end = (
+            np.concatenate([getattr(row, name) for row in rows]) for name in ("tokens", "lengths", "is_end")
         )
+        joined = Row(rows[0].objective, tokens, lengths, is_end, sample_id=-1)
         if joined.objective == "instruction":
             texts = self._read_instructions(joined)
         else:
             sample_ids = np.repeat([row.sample_id for row in rows], samples_per_row)
             before = np.repeat([row.samples_before for row in rows], samples_per_row)
-            texts = self._cut_blanks(joined, keys_of(self.seed, sample_ids, before + numbers))
+            texts = self._mask_spans(joined, keys_of(self.seed, sample_ids, before + numbers))
         parts, sample_lengths = lay_out(texts, numbers, self.config.sop_token_id, self.config.eop_token_id)
         return parts, np.add.reduceat(sample_lengths, exclusive_sum(samples_per_row))
 
-    def _cut_blanks(self, row: Row, keys: np.ndarray) -> InfilledTexts:
+    def _mask_spans(self, row: Row, keys: np.ndarray) -> InfilledTexts:
         """Draw the blanks of texts, with a key for each."""
         if row.objective == "gmask":
             spans = draw_suffixes(row.lengths, self.recipe, keys)
@@ -174,9 +173,9 @@ class DataCollatorForBlankInfilling:
             spans = draw_word_spans(row.lengths, self.recipe, keys)
             spans = keep_inside_documents(spans, row.lengths, self._is_end(row), keys)
         count = np.bincount(spans.sample, minlength=len(keys))
-        order = draw_within(count, count, keys, ORDER)
+        order = draw_entries(count, count, keys, ORDER)
         mask_token_id = getattr(self.config, f"{row.objective}_token_id")
-        texts = cut_blanks(row.tokens, row.lengths, spans, mask_token_id, self.config.eos_token_id, order)
+        texts = mask_spans(row.tokens, row.lengths, spans, mask_token_id, self.config.eos_token_id, order)
         if row.objective == "gmask":
             return replace(texts, blank_position=np.full(len(order), -1), is_closed=row.is_end)
         return texts
@@ -223,7 +222,7 @@ class DataCollatorForBlankInfilling:
         sample_id = int(feature.get("sample_id", zlib.crc32(tokens.tobytes())))
         key = keys_of(self.seed, np.array([sample_id]), np.zeros(1))
         objective = OBJECTIVES[choose_objectives(uniform(key, OBJECTIVE, np.zeros(1)), self.recipe)[0]]
-        _, _, lengths = cut(np.array([len(tokens)]), self.recipe.longest_text(objective))
+        _, _, lengths = split_documents(np.array([len(tokens)]), self.recipe.longest_text(objective))
         first = next_fit(self.recipe.infilled_length(lengths, objective), self.recipe.row_length)
         if len(first) > 2:
             logger.warning_once(

@@ -59,7 +59,7 @@ def choose_objectives(uniform: np.ndarray, recipe: InfillingRecipe) -> np.ndarra
     return np.searchsorted(edges, uniform, side="right").astype(np.uint8)
 
 
-def cut(lengths: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def split_documents(lengths: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """
     Cut documents longer than `longest` into pieces of nearly the same length.
 
@@ -158,7 +158,7 @@ def plan_apart(boundaries: np.ndarray, recipe: InfillingRecipe, rng: np.random.G
         if len(documents):
             documents = rng.permutation(documents)
             lengths = boundaries[documents + 1] - boundaries[documents] - 1
-            piece_of, offset, length = cut(lengths, recipe.longest_text(name))
+            piece_of, offset, length = split_documents(lengths, recipe.longest_text(name))
             first = next_fit(recipe.infilled_length(length, name), recipe.row_length)
             is_end = offset + length == lengths[piece_of]
             plans.append((index, first, boundaries[documents][piece_of] + offset, length, is_end))

@@ -7,7 +7,7 @@ import numpy as np
 from torch.utils.data import Dataset, Sampler
 from transformers import TrainingArguments
 
-from glm_hf.training.schedules import data_numbers
+from glm_hf.training.schedules import sample_indices
 
 
 class StepSampler(Sampler[list[int]]):
@@ -44,7 +44,7 @@ class StepSampler(Sampler[list[int]]):
         for size in self.batch_sizes.tolist():
             share = size // self.world_size
             start = first + self.rank * share
-            yield data_numbers(np.arange(start, start + share), self.skipped).tolist()
+            yield sample_indices(np.arange(start, start + share), self.skipped).tolist()
             first += size
 
 

@@ -20,6 +20,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from torch import distributed as dist
 
 from glm_hf.configuration_glm import GLMConfig
 from glm_hf.folders.model_folder import read_json, require_files
-from glm_hf.sharding.degrees import Parallel
+from glm_hf.sharding.degrees import ParallelDegrees
 from glm_hf.sharding.rules import GATED, REPLICATED, ROW, SHARD_RULES, ShardRule
 
 PARALLEL_FILE = "parallel.json"
@@ -45,8 +46,7 @@ def save_engine(engine: Any, folder: Path, step: int) -> None:
     if dist.get_rank() == 0:
         pipeline.config.dtype = pipeline.dtype
         pipeline.config.save_pretrained(folder)
-        degrees = {name: getattr(pipeline.parallel, name) for name in ("tensor", "pipeline", "data", "partition")}
-        (folder / PARALLEL_FILE).write_text(json.dumps(degrees) + "\n")
+        (folder / PARALLEL_FILE).write_text(json.dumps(asdict(pipeline.parallel)) + "\n")
         for script in folder.glob("zero_to_*.py"):
             script.unlink()  # which DeepSpeed adds, and which knows nothing of pipelines
 
@@ -73,7 +73,7 @@ def require_own(folder: Path, config: GLMConfig) -> None:
             raise ValueError(f"{folder} is of another model: its {name} is {there}, but here it is {here}")
 
 
-def load_engine(engine: Any, folder: Path, parallel: Parallel) -> None:
+def load_engine(engine: Any, folder: Path, parallel: ParallelDegrees) -> None:
     """
     Read weights and optimizer from a checkpoint, with the degrees of parallelism it was saved with or others.
 
@@ -86,7 +86,7 @@ def load_engine(engine: Any, folder: Path, parallel: Parallel) -> None:
         ValueError: If a file is damaged, or holds more than tensors and plain types.
     """
     tag = (folder / "latest").read_text().strip()
-    is_same = Parallel.of(read_json(folder / PARALLEL_FILE)) == parallel
+    is_same = ParallelDegrees.of(read_json(folder / PARALLEL_FILE)) == parallel
     if not is_same:
         tag = _make_universal(folder, tag)
     engine._config.load_universal_checkpoint = not is_same

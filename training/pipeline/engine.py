@@ -17,7 +17,7 @@ from torch import distributed as dist
 from torch.optim import Optimizer
 from transformers.utils import logging
 
-from glm_hf.sharding.degrees import Parallel
+from glm_hf.sharding.degrees import ParallelDegrees
 
 logger = logging.get_logger(__name__)
 
@@ -53,7 +53,7 @@ def deepspeed_3d_config(
     Raises:
         ValueError: If a size is impossible, or `base` asks for ZeRO-2 or 3, an optimizer on the CPU or other dtypes.
     """
-    Parallel(tp, pp, dp)
+    ParallelDegrees(tp, pp, dp)
     given = _decided(json.loads(Path(base).read_text()) if isinstance(base, (str, Path)) else base or {})
     zero = {"reduce_bucket_size": BUCKET_SIZE, "allgather_bucket_size": BUCKET_SIZE}
     zero |= given.get("zero_optimization", {})
@@ -113,7 +113,7 @@ def make_engine(pipeline: Any, optimizer: Optimizer, config: dict[str, Any]) -> 
     return engine
 
 
-def look_before_update(engine: Any, may_update: Callable[[], bool]) -> None:
+def check_before_update(engine: Any, may_update: Callable[[], bool]) -> None:
     """
     Ask `may_update` before every update, when the gradients of a step are reduced but not clipped.
 

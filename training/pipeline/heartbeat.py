@@ -29,7 +29,7 @@ logger = logging.get_logger(__name__)
 
 GRACE = 10.0  # seconds from the verdict until a process that hangs is ended
 LINGER = 5.0  # seconds at most that a process stays for the others to read why; the store may end with it
-HURRY = 0.2  # seconds between two looks once there is trouble
+POLL_SECONDS = 0.2  # seconds between two looks once there is trouble
 MOST_NAMES = 8
 MARKS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
@@ -108,11 +108,11 @@ class Heartbeat:
             silence = Silence(2 * self.interval)
             while not self._look(board, silence) and not self._left.is_set():
                 if self._wake.wait(self.interval):
-                    time.sleep(HURRY)
+                    time.sleep(POLL_SECONDS)
         except RuntimeError:  # the store is gone, and rank 0 with it, or whoever else keeps it
             deadline = time.monotonic() + LINGER  # a process loses its connections before it is seen to be gone
             while self._first_pid and not is_gone(self._first_pid) and time.monotonic() < deadline:
-                time.sleep(HURRY)
+                time.sleep(POLL_SECONDS)
             self._conclude(self._lost_store())
         self._free.set()
 

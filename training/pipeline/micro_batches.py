@@ -17,7 +17,7 @@ LABELS = ("shift_labels", "segment_ids", "objectives", "sample_ids")
 NO_SAMPLE = -1  # the number of a row that only fills a micro-batch
 
 
-def cut_rows(batch: Batch, count: int) -> list[Batch]:
+def split_rows(batch: Batch, count: int) -> list[Batch]:
     """Return a batch in so many pieces, whose rows differ by one at most."""
     parts = zip(*(values.tensor_split(count) for values in batch.values()), strict=True)
     return [dict(zip(batch, values, strict=True)) for values in parts]

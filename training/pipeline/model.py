@@ -28,9 +28,9 @@ from glm_hf.configuration_glm import GLMConfig
 from glm_hf.masking_glm import infilling_attention
 from glm_hf.modeling_glm import GLMForBlankInfilling, GLMLayer, shrink_gradient
 from glm_hf.rotary_glm import GLMRotaryEmbedding
-from glm_hf.sharding.degrees import Parallel
+from glm_hf.sharding.degrees import ParallelDegrees
 from glm_hf.training.data.blanks import IGNORED
-from glm_hf.training.pipeline.tensor_parallel import TensorGroup, VocabParallelEmbedding, cut_layer, mark_cut
+from glm_hf.training.pipeline.tensor_parallel import TensorGroup, VocabParallelEmbedding, mark_sharded, shard_layer
 
 EMBEDDING = "embed_tokens"
 
@@ -78,7 +78,7 @@ class GLMPipeline(PipelineModule):
         ValueError: If the model cannot be spread in this way.
     """
 
-    def __init__(self, config: GLMConfig, parallel: Parallel, dtype: torch.dtype) -> None:
+    def __init__(self, config: GLMConfig, parallel: ParallelDegrees, dtype: torch.dtype) -> None:
         parallel.require_fits(config)
         with torch.device("meta"):
             whole = GLMForBlankInfilling(config)  # chooses the attention implementation, too
@@ -88,12 +88,12 @@ class GLMPipeline(PipelineModule):
         if config.tie_word_embeddings:
             embedding, head = (_TiedPart(EMBEDDING, lambda: self._make_embedding(dtype)) for _ in range(2))
         layers = [_Part(partial(self._make_layer, index, dtype)) for index in range(count)]
-        topology = PipeModelDataParallelTopology(parallel.pipeline, parallel.tensor, parallel.data)
+        topology = PipeModelDataParallelTopology(parallel.pp_size, parallel.tp_size, parallel.dp_size)
         self.config, self.parallel = config, parallel
         with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():  # it prints its topology
             super().__init__([embedding, *layers, _Part(lambda: self._make_norm(dtype)), head], topology=topology)
         for prefix, module in self.named_parts():
-            mark_cut(module, prefix, self.ranks)
+            mark_sharded(module, prefix, self.ranks)
         self.loss_fn = self.loss_of
         self.observe: Callable[..., None] | None = None
         self.label_smoothing = 0.0
@@ -108,7 +108,7 @@ class GLMPipeline(PipelineModule):
     def ranks(self) -> TensorGroup:
         """The tensor-parallel ranks of this process."""
         grid = self.mpu()
-        return TensorGroup(self.parallel.tensor, grid.get_slice_parallel_rank(), grid.get_slice_parallel_group())
+        return TensorGroup(self.parallel.tp_size, grid.get_slice_parallel_rank(), grid.get_slice_parallel_group())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -227,7 +227,7 @@ class GLMPipeline(PipelineModule):
     def _make_layer(self, index: int, dtype: torch.dtype) -> nn.Module:
         with torch.device("meta"):
             layer = GLMLayer(self.config, index).to(dtype)
-        return cut_layer(layer, self.ranks).to_empty(device="cpu")
+        return shard_layer(layer, self.ranks).to_empty(device="cpu")
 
     def _make_embedding(self, dtype: torch.dtype) -> nn.Module:
         with torch.device("meta"):

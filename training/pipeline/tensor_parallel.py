@@ -158,7 +158,7 @@ class VocabParallelEmbedding(nn.Module):
         return rows.clamp(0, len(self.weight) - 1), is_here
 
 
-def cut_layer(layer: GLMLayer, ranks: TensorGroup) -> GLMLayer:
+def shard_layer(layer: GLMLayer, ranks: TensorGroup) -> GLMLayer:
     """
     Replace the linears of a layer on meta by those of one rank, and return the layer.
 
@@ -177,11 +177,11 @@ def cut_layer(layer: GLMLayer, ranks: TensorGroup) -> GLMLayer:
             part.ranks = ranks
             layer.set_submodule(name, part)
         if layer.attention.config.attention_dropout:
-            draw_apart(layer.attention, ranks.rank)
+            use_per_rank_dropout(layer.attention, ranks.rank)
     return layer
 
 
-def mark_cut(module: nn.Module, prefix: str, ranks: TensorGroup) -> None:
+def mark_sharded(module: nn.Module, prefix: str, ranks: TensorGroup) -> None:
     """
     Mark the parameters of which every rank has its own part, so that norms of gradients count all of them.
 
@@ -195,7 +195,7 @@ def mark_cut(module: nn.Module, prefix: str, ranks: TensorGroup) -> None:
         parameter.tensor_model_parallel = is_cut  # type: ignore[attr-defined]
 
 
-def draw_apart(attention: nn.Module, rank: int) -> None:
+def use_per_rank_dropout(attention: nn.Module, rank: int) -> None:
     """
     Let the heads of every rank draw dropout of their own, while all else draws alike on all ranks.
 
@@ -211,14 +211,14 @@ def draw_apart(attention: nn.Module, rank: int) -> None:
     def forward_apart(*args: Any, **kwargs: Any) -> Any:
         if not attention.training:
             return forward(*args, **kwargs)
-        with own_randomness(rank):
+        with per_rank_random_state(rank):
             return forward(*args, **kwargs)
 
     attention.forward = forward_apart
 
 
 @contextmanager
-def own_randomness(rank: int) -> Iterator[None]:
+def per_rank_random_state(rank: int) -> Iterator[None]:
     """Draw from generators that are seeded by the shared one on the CPU and by `rank`, and restore all at the end."""
     seed = int(torch.randint(2**62, ()))
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []

@@ -5,16 +5,24 @@ No process ever holds more than its own share and one tensor besides, or one fil
 Shapes: `n` tensor-parallel ranks.
 """
 
+import json
+import os
+import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import distributed as dist
 from torch import nn
 
-from glm_hf.folders.model_folder import weight_files
-from glm_hf.modeling_glm import GLMLayer, GLMModel
+from glm_hf.folders.atomic import sync_tree
+from glm_hf.folders.model_folder import INDEX, weight_files
+from glm_hf.modeling_glm import GLMForBlankInfilling, GLMLayer, GLMModel
 from glm_hf.sharding.rules import ShardRule, shard_rule
 from glm_hf.training.pipeline.model import GLMPipeline
 
@@ -26,7 +34,7 @@ def named_weights(pipeline: GLMPipeline) -> Iterator[tuple[str, nn.Parameter]]:
             yield prefix + name, parameter
 
 
-def own_part(parameter: torch.Tensor, rule: ShardRule, block: int) -> torch.Tensor:
+def own_shard_block(parameter: torch.Tensor, rule: ShardRule, block: int) -> torch.Tensor:
     """Return the view of a rank's parameter that holds its share of one block: of `(2F/n, D)`, `(F/n, D)`."""
     assert rule.dim is not None
     return parameter.unflatten(rule.dim, (rule.blocks, -1)).select(rule.dim, block)
@@ -83,7 +91,7 @@ def _read_part(stored: Any, name: str, parameter: nn.Parameter, pipeline: GLMPip
         return
     for block in range(rule.blocks):
         span = whole_span(shape[rule.dim], rule, block, ranks.size, ranks.rank)
-        own_part(parameter, rule, block).copy_(stored[span] if rule.dim == 0 else stored[:, span])
+        own_shard_block(parameter, rule, block).copy_(stored[span] if rule.dim == 0 else stored[:, span])
 
 
 @torch.no_grad()
@@ -116,3 +124,104 @@ def _drawn(model: GLMModel, module: nn.Module) -> nn.Module:
     else:
         whole = nn.Embedding(config.vocab_size, config.hidden_size)
     return whole.apply(model._init_weights)  # children first, as the model does
+
+
+STAGING = ".partial-model"
+
+
+def save_folder(pipeline: GLMPipeline, dst: str | Path, *, max_shard_size: int | str = "5GB") -> None:
+    """
+    Write the model to a folder on a file system that all processes share; all of them call this.
+
+    Files appear when all of them are complete, and replace those of a model that is there.
+
+    Args:
+        pipeline: A process's share.
+        dst: The folder; may hold other things, such as checkpoints.
+        max_shard_size: Largest file in bytes, or a string such as `"5GB"`; a process holds one at a time in memory.
+
+    Raises:
+        OSError: If a file cannot be written.
+    """
+    dst, rank = Path(dst), dist.get_rank()
+    staged = dst / STAGING
+    if rank == 0:
+        shutil.rmtree(staged, ignore_errors=True)
+        staged.mkdir(parents=True)
+    dist.barrier()
+    shards = plan_files(pipeline, max_shard_size)
+    _write_stage(pipeline, staged, shards)
+    dist.barrier()
+    if rank == 0:
+        _write_small_files(pipeline, staged, shards)
+        sync_tree(staged)
+        _replace_model(staged, dst)
+    dist.barrier()
+
+
+def plan_files(pipeline: GLMPipeline, max_shard_size: int | str) -> dict[str, list[str]]:
+    """Return the names of the parameters of every file; a file belongs to one stage."""
+    with torch.device("meta"):
+        model = GLMForBlankInfilling(pipeline.config).to(pipeline.dtype)
+    stages: list[dict[str, torch.Tensor]] = [{} for _ in range(pipeline.num_stages)]
+    for name, tensor in model.state_dict().items():
+        if name not in model.all_tied_weights_keys:
+            stages[pipeline.stage_of(name)][name] = tensor
+    split = [split_torch_state_dict_into_shards(stage, max_shard_size=max_shard_size) for stage in stages]
+    groups = [names for stage in split for names in stage.filename_to_tensors.values()]
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    return {f"model-{number:05d}-of-{len(groups):05d}.safetensors": names for number, names in enumerate(groups, 1)}
+
+
+def _write_stage(pipeline: GLMPipeline, folder: Path, shards: dict[str, list[str]]) -> None:
+    """Write the files of this process's stage, by the first of its ranks."""
+    _, data_rank, tensor_rank = pipeline.parallel.coordinates(dist.get_rank())
+    if data_rank:
+        return
+    weights = dict(named_weights(pipeline))
+    for file, names in shards.items():
+        if pipeline.stage_of(names[0]) == pipeline.stage_id:
+            tensors = {name: _joined(pipeline, name, weights[name]) for name in names}
+            if tensor_rank == 0:
+                save_file(tensors, folder / file, metadata={"format": "pt"})
+
+
+def _joined(pipeline: GLMPipeline, name: str, part: torch.Tensor) -> torch.Tensor:
+    """Return a whole parameter on the CPU of the first rank; on the others, something."""
+    ranks, part = pipeline.ranks, part.detach()
+    parts = [part]
+    if ranks.size > 1:
+        parts = [torch.empty_like(part) for _ in range(ranks.size)] if ranks.rank == 0 else []
+        dist.gather(part, parts or None, group=ranks.group, group_dst=0)
+    return shard_rule(name).merge(parts).cpu().contiguous() if parts else part
+
+
+def _write_small_files(pipeline: GLMPipeline, folder: Path, shards: dict[str, list[str]]) -> None:
+    """Write configuration, generation settings, and an index if there are several files."""
+    with torch.device("meta"):
+        model = GLMForBlankInfilling(pipeline.config).to(pipeline.dtype)
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = pipeline.dtype
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    if len(shards) > 1:
+        count = model.num_parameters()
+        index = {
+            "metadata": {"total_parameters": count, "total_size": count * pipeline.dtype.itemsize},
+            "weight_map": {name: file for file, names in shards.items() for name in names},
+        }
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _replace_model(staged: Path, dst: Path) -> None:
+    """Move all files to their place, and remove the weights of an earlier model."""
+    files = {path.name for path in staged.iterdir()}
+    for path in dst.iterdir():
+        if path.name not in files and re.fullmatch(
+            r"model(-\d{5}-of-\d{5})?\.safetensors|" + re.escape(INDEX), path.name
+        ):
+            path.unlink()
+    for name in sorted(files):
+        os.replace(staged / name, dst / name)
+    staged.rmdir()

@@ -17,7 +17,8 @@ def add_train(commands: Any) -> None:
 
 def train(options: argparse.Namespace) -> None:
     """Run `train`."""
-    from glm_hf.training.launch import RunConfig, train_run
+    from glm_hf.training.launch import train_run
+    from glm_hf.training.run_config import RunConfig
 
     folder = train_run(RunConfig.read(options.config), resume=options.resume, output_dir=options.output_dir)
     if os.environ.get("RANK", "0") == "0":

@@ -5,9 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-import torch
-
-GIB = 2**30
 SMALLEST_BARE_SIZE = 2**20
 UNITS = {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", 1)}
 UNITS |= {f"{prefix}iB": 1024**power for power, prefix in enumerate("KMGT", 1)}
@@ -69,6 +66,8 @@ def parse_devices(text: str) -> tuple[Device, ...]:
 
 def sizes_of_gpus() -> list[int]:
     """Return the memory of every GPU that torch sees; ValueError without any."""
+    import torch  # which a list of sizes does not need
+
     count = torch.cuda.device_count()
     if count == 0:
         raise ValueError("auto found no GPU that torch can use; write sizes, as in --devices 24GiB*4")

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 
 from glm_hf.configuration_glm import GLMConfig
-from glm_hf.planning.devices import GIB, Device, describe_devices
-from glm_hf.planning.memory import Request, kv_cache_bytes, layer_bytes, require_valid, storage_of
+from glm_hf.planning.devices import Device, describe_devices
+from glm_hf.planning.memory import Request, kv_cache_bytes, layer_bytes, require_valid, stored_quantization
 from glm_hf.planning.placement import DeviceUse, place, smallest_free
+from glm_hf.planning.table import GIB, format_table, gib
 
 DEFAULT_RESERVE = GIB // 2
 PARTS = ("weights", "kv_cache", "activations", "reserve")
-SHOWN = {"model.embed_tokens": "embedding", "lm_head": "output"}
+SHOWN = {"model.embed_tokens": "embedding", "lm_head": "LM head"}
 TITLES = ("device", "size", "layers", "weights", "KV cache", "activations", "reserve", "free", "")
 
 
@@ -74,17 +75,14 @@ class Plan:
         size = sum(use.device.num_bytes or 0 for use in self.uses)
         sums = [sum(getattr(use, name) or 0 for use in self.uses) for name in (*PARTS, "free")]
         rows.append(("all", gib(size), str(layers), *map(gib, sums), ""))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        widths[-1] = 0  # the last column stands to the left
-        cells = [[cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
-        return "\n".join((self.title(), *("  ".join(row).rstrip() for row in cells)))
+        return "\n".join((self.title(), *format_table(rows, notes=True)))
 
     def title(self) -> str:
         """Return in one line what is planned."""
-        request, storage = self.request, self.request.storage
-        weights = dtype_name(request) if storage.bits == 16 else f"INT{storage.bits}"
-        groups = f" in groups of {storage.group_size}" if storage.group_size else ""
-        embedding = "INT8" if storage.quantize_embeddings else dtype_name(request)
+        request = self.request
+        weights = dtype_name(request) if request.bits == 16 else f"INT{request.bits}"
+        groups = f" in groups of {request.group_size}" if request.group_size else ""
+        embedding = "INT8" if request.quantize_embeddings else dtype_name(request)
         ranks = f", {request.tp_size} tensor-parallel ranks" if request.tp_size else ""
         return (
             f"{request.config.num_hidden_layers} layers in {weights}{groups}, embedding in {embedding}, context "
@@ -95,7 +93,7 @@ class Plan:
         """Return the Python code that loads the model of `folder` as planned."""
         stored = getattr(self.request.config, "quantization_config", None) is not None
         lines = ["import glm_hf", "from transformers import AutoModelForCausalLM"]
-        if self.request.storage.bits < 16 and not stored:
+        if self.request.bits < 16 and not stored:
             folder = "QUANTIZED"
             lines.append(
                 "# QUANTIZED is made by `glm-hf quantize`; quantizing while loading takes more memory than planned."
@@ -120,7 +118,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan in the types of JSON, sizes in bytes; there, `max_memory` has strings for GPUs."""
-        request, storage = self.request, self.request.storage
+        request = self.request
         return {
             "fits": self.fits,
             "advice": self.advice(),
@@ -128,9 +126,9 @@ class Plan:
             "batch": request.batch,
             "tp_size": request.tp_size,
             "dtype": dtype_name(request),
-            "bits": storage.bits,
-            "group_size": storage.group_size,
-            "quantize_embeddings": storage.quantize_embeddings,
+            "bits": request.bits,
+            "group_size": request.group_size,
+            "quantize_embeddings": request.quantize_embeddings,
             "devices": [
                 {"device": use.device.name, "size": use.device.num_bytes, "layers": list(use.layers)}
                 | {name: getattr(use, name) for name in (*PARTS, "free")}
@@ -159,23 +157,24 @@ def plan_devices(
     Layers keep their order. Those that do not fit the GPUs go to the host and then to the disk, where these are given.
 
     Args:
-        config: The model; its `quantization_config` and `dtype`, where it has them, say how weights are stored.
-        devices: GPUs, then host and disk; see `parse_devices`. Without a GPU the host computes.
-        bits: 4, 8, or 16 for fp16; by default as the config says, else fp16.
+        config: Configuration of the model; its `quantization_config` and `dtype`, where it has them, say how weights
+            are stored.
+        devices: GPUs, then host and disk, as `parse_devices` returns them. Without a GPU the host computes.
+        bits: Bits of the weights of the layers: 4, 8, or 16 for fp16; by default as the config says, else fp16.
         group_size: Input features per scale, None for whole rows.
         quantize_embeddings: Whether the embedding is stored in INT8 rows.
         context: Tokens of prompt and answer together; by default the longest sequence of the model.
-        batch: Sequences at once, times beams.
-        tp_size: Tensor-parallel ranks, one per device, instead of whole layers.
+        batch: Number of sequences at once, times beams.
+        tp_size: Number of tensor-parallel ranks, one per device, instead of whole layers.
         reserve: Bytes per device that are left to CUDA, libraries and fragmentation.
 
     Raises:
         ValueError: If the arguments do not fit together or contradict the config.
     """
-    storage = storage_of(config, bits, group_size, quantize_embeddings)
+    quantization = stored_quantization(config, bits, group_size, quantize_embeddings)
     dtype = torch.float16 if bits == 16 or config.dtype is None else config.dtype
     context = config.max_position_embeddings if context is None else context
-    return plan(Request(config, tuple(devices), storage, dtype, context, batch, tp_size, reserve))
+    return plan(Request(config, tuple(devices), quantization, dtype, context, batch, tp_size, reserve))
 
 
 def plan(request: Request) -> Plan:
@@ -187,11 +186,6 @@ def plan(request: Request) -> Plan:
 def dtype_name(request: Request) -> str:
     """Return the name of the model's dtype, such as float16."""
     return str(request.dtype).removeprefix("torch.")
-
-
-def gib(num_bytes: int | None) -> str:
-    """Return bytes in GiB with two decimals."""
-    return "-" if num_bytes is None else f"{num_bytes / GIB:.2f}"
 
 
 def row_of(use: DeviceUse) -> tuple[str, ...]:
@@ -216,14 +210,12 @@ def fitting_options(request: Request) -> list[str]:
 
 def changes(request: Request) -> Iterator[Iterator[tuple[str, Request]]]:
     """Yield the kinds of changes that save memory, each from the smallest on, with the option that makes it."""
-    storage, step = request.storage, 64
+    step = 64
     if getattr(request.config, "quantization_config", None) is None:
-        fewer = [bits for bits in (8, 4) if bits < storage.bits]
-        yield ((f"--bits {bits}", replace(request, storage=replace(storage, bits=bits))) for bits in fewer)
-        if storage.bits < 16 and not storage.quantize_embeddings:
-            yield iter(
-                [("--quantize-embeddings", replace(request, storage=replace(storage, quantize_embeddings=True)))]
-            )
+        fewer = [bits for bits in (8, 4) if bits < request.bits]
+        yield ((f"--bits {bits}", request.quantized(bits=bits)) for bits in fewer)
+        if request.bits < 16 and not request.quantize_embeddings:
+            yield iter([("--quantize-embeddings", request.quantized(quantize_embeddings=True))])
     contexts = range((request.context - 1) // step * step, 0, -step)
     yield ((f"--context {context}", replace(request, context=context)) for context in contexts)
     yield ((f"--batch {batch}", replace(request, batch=batch)) for batch in range(request.batch - 1, 0, -1))

@@ -1,12 +1,12 @@
 """How many bytes weights, KV cache and activations of a GLM take on one device.
 
 `B` batch, `L` context, `T = B * L` tokens, `D` hidden, `F` inner width of the MLP, `V` vocabulary, `n` tensor-parallel
-ranks (1 without), `e` bytes of a number in the model's dtype. What is counted:
+ranks (1 without), `e` bytes of an element in the model's dtype. What is counted:
 
 weights      Every parameter and buffer, exactly.
 KV cache     `2 * layers * T * D/n * e`: the context is full.
 activations  An upper estimate of what a prefill of the whole context holds at its widest moment, with fused attention
-             kernels (not "eager") and logits of the last token, as `generate` asks for. In numbers per token:
+             kernels (not "eager") and logits of the last token, as `generate` asks for. In elements per token:
                  rotary   3D + 9D/n   embeddings, states, normed states; qkv, and three of query and key
                  up       4D + 4F/n   the same and attention's output; 2F, gelu and product
                  down     6D + 3F/n   the same, output and sum; 2F and product
@@ -16,78 +16,86 @@ activations  An upper estimate of what a prefill of the whole context holds at i
              until then. (Without Triton, the reference in plain torch takes more.)
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
+from typing import Any
 
 import torch
-from transformers.quantizers.quantizers_utils import should_convert_module
 
 from glm_hf.configuration_glm import GLMConfig
 from glm_hf.planning.devices import Device
+from glm_hf.quantization.configuration import GLMQuantizationConfig
+from glm_hf.sharding.rules import ROW_PARALLEL
 
 DECODED_BYTES = 64 * 2**20  # by kernels_triton.py
-ROW_PARALLEL = ("attention.dense", "mlp.dense_4h_to_h")
-
-
-@dataclass(frozen=True)
-class Storage:
-    """
-    How the weights are stored.
-
-    Attributes:
-        bits: 4 or 8 for codes in the linears of the layers, 16 for weights in the model's dtype.
-        group_size: As in GLMQuantizationConfig, like the next two.
-        modules_to_not_convert: Names of linears that are not quantized.
-        row_parallel_groups: Scales per row of row-parallel weights.
-        quantize_embeddings: Whether the embedding has INT8 rows with an fp16 scale each.
-    """
-
-    bits: int = 16
-    group_size: int | None = None
-    modules_to_not_convert: tuple[str, ...] = ()
-    row_parallel_groups: int = 1
-    quantize_embeddings: bool = False
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be planned; see `plan_devices`."""
+    """What is to be planned; the arguments are those of `plan_devices`."""
 
     config: GLMConfig
     devices: tuple[Device, ...]
-    storage: Storage
+    quantization: GLMQuantizationConfig | None
     dtype: torch.dtype
     context: int
     batch: int
     tp_size: int | None
     reserve: int
 
+    @property
+    def bits(self) -> int:
+        """Bits of the weights of the layers, 16 where they are not quantized."""
+        return 16 if self.quantization is None else self.quantization.bits
 
-def storage_of(config: GLMConfig, bits: int | None, group_size: int | None, quantize_embeddings: bool) -> Storage:
-    """Return how weights are stored: as the config says, which arguments must not contradict, else as they say."""
+    @property
+    def group_size(self) -> int | None:
+        """Input features per scale, None for whole rows."""
+        return None if self.quantization is None else self.quantization.group_size
+
+    @property
+    def quantize_embeddings(self) -> bool:
+        """Whether the embedding is stored in INT8 rows."""
+        return self.quantization is not None and self.quantization.quantize_embeddings
+
+    def quantized(self, **changes: Any) -> "Request":
+        """Return the request with some settings of the quantization changed."""
+        fields = {"group_size": self.group_size, "quantize_embeddings": self.quantize_embeddings, "bits": self.bits}
+        return replace(self, quantization=GLMQuantizationConfig(**{**fields, **changes}))
+
+
+def stored_quantization(
+    config: GLMConfig, bits: int | None, group_size: int | None, quantize_embeddings: bool
+) -> GLMQuantizationConfig | None:
+    """
+    Return how weights are quantized: as the config says, which arguments must not contradict, or as these say.
+
+    Raises:
+        ValueError: If the arguments do not fit together, or the model is quantized by something else.
+    """
     saved = getattr(config, "quantization_config", None)
     if saved is None:
-        if bits in (None, 16) and (group_size is not None or quantize_embeddings):
-            raise ValueError("group_size and quantize_embeddings belong to bits of 4 or 8")
-        return Storage(bits or 16, group_size, quantize_embeddings=quantize_embeddings)
+        if bits in (None, 16):
+            if group_size is not None or quantize_embeddings:
+                raise ValueError("group_size and quantize_embeddings belong to bits of 4 or 8")
+            return None
+        if bits not in (4, 8):
+            raise ValueError(f"bits must be 4, 8 or 16, got {bits}")
+        return GLMQuantizationConfig(bits, group_size, quantize_embeddings=quantize_embeddings)
     saved = saved if isinstance(saved, dict) else saved.to_dict()
-    if saved.get("quant_method") != "glm130b":
+    if saved.get("quant_method") != GLMConfig.model_type:
         raise ValueError(f"the model must be quantized by glm_hf, got quant_method {saved.get('quant_method')!r}")
-    stored = {name: saved[name] for name in Storage.__dataclass_fields__ if saved.get(name) is not None}
-    stored["modules_to_not_convert"] = tuple(stored.get("modules_to_not_convert", ()))
-    storage = Storage(**stored)
+    stored = GLMQuantizationConfig.of(saved)
     asked = {"bits": bits, "group_size": group_size, "quantize_embeddings": quantize_embeddings or None}
     for name, value in asked.items():
-        if value is not None and value != getattr(storage, name):
-            raise ValueError(f"the model is stored with {name}={getattr(storage, name)}, got {value}; leave it out")
-    return storage
+        if value is not None and value != getattr(stored, name):
+            raise ValueError(f"the model is stored with {name}={getattr(stored, name)}, got {value}; leave it out")
+    return stored
 
 
 def require_valid(request: Request) -> None:
     """Raise ValueError unless the sizes of a request fit together."""
-    config, storage = request.config, request.storage
-    if storage.bits not in (4, 8, 16):
-        raise ValueError(f"bits must be 4, 8 or 16, got {storage.bits}")
+    config = request.config
     if not 1 <= request.context <= config.max_position_embeddings:
         raise ValueError(f"context must be from 1 to {config.max_position_embeddings} tokens, got {request.context}")
     if request.batch < 1:
@@ -96,24 +104,24 @@ def require_valid(request: Request) -> None:
         raise ValueError(f"reserve must not be negative, got {request.reserve}")
     if not any(device.num_bytes is not None for device in request.devices):
         raise ValueError("devices must hold a GPU or the cpu to compute on")
-    size = storage.group_size
+    size = request.group_size
     for name, (_, columns) in linear_shapes(config).items():
-        if size is not None and (size < 1 or columns % size or (storage.bits == 4 and size % 2)):
-            even = " and be even" if storage.bits == 4 else ""
+        if size is not None and (size < 1 or columns % size or (request.bits == 4 and size % 2)):
+            even = " and be even" if request.bits == 4 else ""
             raise ValueError(f"group_size must divide the {columns} input features of {name}{even}, got {size}")
     if request.tp_size is not None:
         require_divisible(request, request.tp_size)
 
 
 def require_divisible(request: Request, tp_size: int) -> None:
-    """Raise ValueError unless the model can be cut for `tp_size` ranks, which the devices are."""
+    """Raise ValueError unless the model can be sharded over `tp_size` ranks, which the devices are."""
     config = request.config
     parts = {"num_attention_heads": config.num_attention_heads, "intermediate_size": config.intermediate_size}
-    if request.storage.bits == 4:
+    if request.bits == 4:
         parts |= {"the bytes of a row of attention.dense": config.hidden_size // 2}
         parts |= {"the bytes of a row of mlp.dense_4h_to_h": config.intermediate_size // 2}
     for name in ROW_PARALLEL:
-        if request.storage.bits < 16 and (groups := num_groups(request, name)) > 1:
+        if (groups := num_groups(request, name)) > 1:
             parts[f"the groups of a row of {name}"] = groups
     for name, count in parts.items():
         if tp_size < 1 or count % tp_size:
@@ -136,10 +144,10 @@ def linear_shapes(config: GLMConfig) -> dict[str, tuple[int, int]]:
 
 
 def num_groups(request: Request, name: str) -> int:
-    """Return the scales per row of a quantized linear."""
-    if request.storage.group_size is not None:
-        return linear_shapes(request.config)[name][1] // request.storage.group_size
-    return request.storage.row_parallel_groups if name in ROW_PARALLEL else 1
+    """Return the scales per row of a linear, 1 if nothing is quantized."""
+    if request.quantization is None:
+        return 1
+    return request.quantization.num_groups(name, linear_shapes(request.config)[name][1])
 
 
 def linear_bytes(request: Request, layer: int, name: str) -> int:
@@ -151,10 +159,9 @@ def linear_bytes(request: Request, layer: int, name: str) -> int:
     else:
         rows //= ranks
     bias = rows * request.dtype.itemsize
-    kept = list(request.storage.modules_to_not_convert)
-    if request.storage.bits == 16 or not should_convert_module(f"model.layers.{layer}.{name}", kept):
+    if request.quantization is None or not request.quantization.quantizes(f"model.layers.{layer}.{name}"):
         return rows * columns * request.dtype.itemsize + bias
-    return rows * columns * request.storage.bits // 8 + rows * groups * 2 + bias
+    return rows * columns * request.bits // 8 + rows * groups * 2 + bias
 
 
 def layer_bytes(request: Request, layer: int) -> int:
@@ -164,11 +171,11 @@ def layer_bytes(request: Request, layer: int) -> int:
 
 
 def embedding_bytes(request: Request, rank: int = 0) -> int:
-    """Return the bytes of the embedding, whose rows are cut over the ranks, the last of which may get fewer."""
+    """Return the bytes of the embedding, whose rows are sharded over the ranks, the last of which may get fewer."""
     rows = ceil(request.config.vocab_size / (request.tp_size or 1))
     rows = max(0, min(rows, request.config.vocab_size - rank * rows))
     width = request.config.hidden_size
-    return rows * (width + 2 if request.storage.quantize_embeddings else width * request.dtype.itemsize)
+    return rows * (width + 2 if request.quantize_embeddings else width * request.dtype.itemsize)
 
 
 def kv_cache_bytes(request: Request) -> int:
@@ -178,7 +185,7 @@ def kv_cache_bytes(request: Request) -> int:
 
 
 def decoding_bytes(num_tokens: int, rows: int, columns: int, size: int) -> int:
-    """Return the temporary bytes of a quantized linear, with numbers of `size` bytes (module docstring)."""
+    """Return the temporary bytes of a quantized linear, with elements of `size` bytes (module docstring)."""
     at_once = min(rows, max(64, DECODED_BYTES // (columns * size)))
     return at_once * (columns * size + 4 * num_tokens)
 
@@ -189,7 +196,7 @@ def activation_bytes(request: Request) -> int:
     width, part, inner = config.hidden_size, config.hidden_size // ranks, config.intermediate_size // ranks
     size = request.dtype.itemsize
     moments = [(3 * width + 9 * part, 0), (4 * width + 4 * inner, 0), (6 * width + 3 * inner, 0)]
-    if request.storage.bits < 16:
+    if request.bits < 16:
         moments += [
             (3 * width + 3 * part, decoding_bytes(tokens, 3 * part, width, size)),
             (4 * width + 6 * part, decoding_bytes(tokens, width, part, size)),
@@ -205,4 +212,4 @@ def head_bytes(request: Request) -> int:
     config, batch = request.config, request.batch
     decoding = decoding_bytes(batch, config.vocab_size, config.hidden_size, request.dtype.itemsize)
     states = 2 * batch * request.context * config.hidden_size * request.dtype.itemsize
-    return states + 16 * batch * config.vocab_size + decoding * request.storage.quantize_embeddings
+    return states + 16 * batch * config.vocab_size + decoding * request.quantize_embeddings

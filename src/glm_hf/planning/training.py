@@ -1,9 +1,9 @@
-"""A plan of 3D training: whether every stage fits its GPUs, how long a step takes, and what it makes of the peak.
+"""A plan of 3D training: whether every stage fits its GPUs, how long a step takes, and its MFU and HFU.
 
-Memory: plan_memory_3d.py; communication and time: plan_time_3d.py; the bubble: pipeline_schedule.py.
+Memory: training_memory.py; communication and time: training_time.py; the bubble: schedule.py.
 
 MFU   Operations of the model, `throughput.flops_per_token` for every token, per second, over the GPUs' peak.
-HFU   The same with the forward pass of the layers counted again where it is computed again.
+HFU   The same with the forward pass of the layers counted twice where activations are recomputed.
 """
 
 from collections.abc import Iterator
@@ -13,9 +13,8 @@ from math import ceil
 from typing import Any
 
 from glm_hf.configuration_glm import GLMConfig
-from glm_hf.planning.devices import GIB
-from glm_hf.planning.inference import gib
 from glm_hf.planning.schedule import SCHEDULES, PipelineRun, simulate
+from glm_hf.planning.table import GIB, format_table, gib
 from glm_hf.planning.training_memory import (
     BYTES,
     COMPONENTS,
@@ -34,8 +33,8 @@ from glm_hf.planning.training_time import (
     sent_bytes,
     stage_seconds,
 )
-from glm_hf.sharding.degrees import Parallel
-from glm_hf.training.throughput import flops_per_token
+from glm_hf.sharding.degrees import ParallelDegrees
+from glm_hf.training.measurements import flops_per_token
 
 DEFAULT_RESERVE = GIB // 2
 
@@ -46,16 +45,16 @@ class TrainingRequest:
     What is to be planned.
 
     Args:
-        config: The model.
+        config: Configuration of the model.
         parallel: Degrees of parallelism.
-        machine: The GPUs.
-        micro_batch: Samples that go through the pipeline at once.
-        global_batch: Samples of a step.
-        sequence: Tokens of a sample.
-        precision: "fp16", "bf16" or "fp32".
-        checkpointing: Whether layers are computed again in the backward pass instead of being kept.
+        machine: GPUs and how they perform.
+        micro_batch: Number of samples that go through the pipeline at once.
+        global_batch: Number of samples of a step.
+        sequence: Number of tokens of a sample.
+        precision: Precision of the weights: "fp16", "bf16" or "fp32".
+        checkpointing: Whether activations are recomputed in the backward pass instead of being kept.
         target_share: Share of the tokens that are predicted.
-        schedule: One of `SCHEDULES`; DeepSpeed runs "1f1b".
+        schedule: Pipeline schedule, one of `SCHEDULES`; DeepSpeed runs "1f1b".
         reserve: Bytes per GPU that are left to CUDA, libraries and fragmentation.
 
     Raises:
@@ -63,7 +62,7 @@ class TrainingRequest:
     """
 
     config: GLMConfig
-    parallel: Parallel
+    parallel: ParallelDegrees
     machine: Machine
     micro_batch: int
     global_batch: int
@@ -77,11 +76,11 @@ class TrainingRequest:
     def __post_init__(self) -> None:
         """Check the arguments."""
         self.parallel.require_fits(self.config)
-        at_once, longest = self.micro_batch * self.parallel.data, self.config.max_position_embeddings
+        at_once, longest = self.micro_batch * self.parallel.dp_size, self.config.max_position_embeddings
         if self.micro_batch < 1 or self.global_batch < 1 or self.global_batch % at_once:
             raise ValueError(
-                f"global_batch must be a multiple of micro_batch times data ({self.micro_batch} x "
-                f"{self.parallel.data}), got {self.global_batch}"
+                f"global_batch must be a multiple of micro_batch times dp_size ({self.micro_batch} x "
+                f"{self.parallel.dp_size}), got {self.global_batch}"
             )
         if not 1 <= self.sequence <= longest:
             raise ValueError(f"sequence must be from 1 to {longest} tokens, got {self.sequence}")
@@ -95,7 +94,7 @@ class TrainingRequest:
     @property
     def shape(self) -> Shape:
         """What memory and time follow from."""
-        count = self.global_batch // (self.micro_batch * self.parallel.data)
+        count = self.global_batch // (self.micro_batch * self.parallel.dp_size)
         return Shape(
             self.config, self.parallel, self.micro_batch, count, self.sequence, self.precision, self.target_share
         )
@@ -110,7 +109,7 @@ class TrainingPlan:
     @property
     def stages(self) -> range:
         """Numbers of the stages."""
-        return range(self.request.parallel.pipeline)
+        return range(self.request.parallel.pp_size)
 
     @cached_property
     def run(self) -> PipelineRun:
@@ -179,9 +178,9 @@ class TrainingPlan:
 
     @property
     def hardware_operations(self) -> float:
-        """Operations of a step with those that are repeated."""
-        shape, copies = self.request.shape, self.request.parallel.data
-        layers = self.request.config.num_hidden_layers * shape.num_micro_batches * copies
+        """Operations of a step, recomputed ones included."""
+        shape, dp_size = self.request.shape, self.request.parallel.dp_size
+        layers = self.request.config.num_hidden_layers * shape.num_micro_batches * dp_size
         return self.model_operations + layers * layer_operations(shape) * self.request.checkpointing
 
     def _share_of_peak(self, operations: float) -> float:
@@ -213,15 +212,13 @@ class TrainingPlan:
     def describe(self) -> str:
         """Return what every stage takes, in GiB, and what a step takes, in lines."""
         other = "kept whole" if self.request.checkpointing else "recomputed"
-        rows = [("stage", "layers", *COMPONENTS, "reserve", "total", "free", f"({other})")]
+        rows: list[tuple[str, ...]] = [("stage", "layers", *COMPONENTS, "reserve", "total", "free", f"({other})")]
         for stage, (memory, free) in enumerate(zip(self.memory, self.free, strict=True)):
             layers = self.request.parallel.stage_layers(self.request.config.num_hidden_layers)[stage]
             sizes = [getattr(memory, name) for name in COMPONENTS]
             sizes += [self.request.reserve, memory.total + self.request.reserve, free, self.other_activations(stage)]
             rows.append((str(stage), f"{layers.start}-{layers.stop - 1}", *map(gib, sizes)))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        table = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-        return "\n".join((self.title(), *table, "", *self._lines()))
+        return "\n".join((self.title(), *format_table(rows), "", *self._lines()))
 
     def title(self) -> str:
         """Return in two lines what is planned."""
@@ -298,15 +295,15 @@ def changes(request: TrainingRequest) -> Iterator[tuple[str, TrainingRequest]]:
     if request.micro_batch > 1:
         yield "--micro-batch 1", replace(request, micro_batch=1)
     parallel = request.parallel
-    if parallel.data % 2:
+    if parallel.dp_size % 2:
         return
-    halved = replace(parallel, data=parallel.data // 2)
-    for name, changed in {
-        "tensor": replace(halved, tensor=2 * parallel.tensor),
-        "pipeline": replace(halved, pipeline=2 * parallel.pipeline, partition=None),
+    halved = replace(parallel, dp_size=parallel.dp_size // 2)
+    for option, changed in {
+        f"--tensor {2 * parallel.tp_size}": replace(halved, tp_size=2 * parallel.tp_size),
+        f"--pipeline {2 * parallel.pp_size}": replace(halved, pp_size=2 * parallel.pp_size, partition=None),
     }.items():
         try:
             changed.require_fits(request.config)
         except ValueError:
             continue
-        yield f"--{name} {getattr(changed, name)} --data {changed.data}", replace(request, parallel=changed)
+        yield f"{option} --data {changed.dp_size}", replace(request, parallel=changed)

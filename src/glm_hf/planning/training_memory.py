@@ -41,8 +41,8 @@ from math import ceil, prod
 
 from glm_hf.configuration_glm import GLMConfig
 from glm_hf.planning.memory import linear_shapes
-from glm_hf.planning.training_zero import optimizer_groups, partition_size, reducing_numbers, touched_numbers
-from glm_hf.sharding.degrees import Parallel
+from glm_hf.planning.training_zero import optimizer_groups, partition_size, reducing_elements, touched_elements
+from glm_hf.sharding.degrees import ParallelDegrees
 from glm_hf.sharding.rules import shard_rule
 
 BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
@@ -65,7 +65,7 @@ class Shape:
     """
 
     config: GLMConfig
-    parallel: Parallel
+    parallel: ParallelDegrees
     micro_batch: int
     num_micro_batches: int
     sequence: int
@@ -131,14 +131,14 @@ def layer_parameters(shape: Shape) -> Iterator[tuple[str, int]]:
         for name in names:
             for part, full in (("weight", linears[name]), ("bias", linears[name][:1])):
                 rule = shard_rule(f"{name}.{part}")
-                yield f"{name}.{part}", prod(rule.shard_shape(full, shape.parallel.tensor))
+                yield f"{name}.{part}", prod(rule.shard_shape(full, shape.parallel.tp_size))
 
 
 def stage_parameters(shape: Shape, stage: int) -> list[tuple[str, int]]:
     """Return the parameters of a stage as the optimizer goes through them, each with a rank's numbers of it."""
     config, parallel = shape.config, shape.parallel
-    last, tied = stage == parallel.pipeline - 1, config.tie_word_embeddings
-    matrix = config.vocab_size // parallel.tensor * config.hidden_size
+    last, tied = stage == parallel.pp_size - 1, config.tie_word_embeddings
+    matrix = config.vocab_size // parallel.tp_size * config.hidden_size
     found = [("embed_tokens.weight", matrix)] if stage == 0 or (last and tied) else []
     for _ in parallel.stage_layers(config.num_hidden_layers)[stage]:
         found += layer_parameters(shape)
@@ -150,13 +150,13 @@ def stage_parameters(shape: Shape, stage: int) -> list[tuple[str, int]]:
 
 def num_model_parameters(config: GLMConfig) -> int:
     """Return the parameters of the model; a tied matrix counts once."""
-    whole = Shape(config, Parallel(), 1, 1, 1)
+    whole = Shape(config, ParallelDegrees(), 1, 1, 1)
     return sum(numbers for _, numbers in stage_parameters(whole, 0))
 
 
 def layer_bytes_kept(shape: Shape) -> int:
     """Return the bytes that a layer keeps of a micro-batch for its backward pass, without checkpointing."""
-    config, ranks, tokens = shape.config, shape.parallel.tensor, shape.tokens
+    config, ranks, tokens = shape.config, shape.parallel.tp_size, shape.tokens
     hidden, inner = config.hidden_size, config.intermediate_size // ranks
     numbers = 4 * hidden + 6 * hidden // ranks + 4 * inner
     statistics = 4 * (4 + config.num_attention_heads // ranks)
@@ -168,13 +168,13 @@ def layer_bytes_kept(shape: Shape) -> int:
 def stage_bytes_kept(shape: Shape, stage: int, checkpointing: bool) -> int:
     """Return the bytes that a stage keeps of a micro-batch in flight."""
     config, tokens = shape.config, shape.tokens
-    last = stage == shape.parallel.pipeline - 1
+    last = stage == shape.parallel.pp_size - 1
     layers = len(shape.parallel.stage_layers(config.num_hidden_layers)[stage])
     kept = layers * (shape.state_bytes if checkpointing else layer_bytes_kept(shape))
     kept += shape.micro_batch * shape.sequence**2 + tokens * (2 * config.head_dim * shape.size + 3 * 8)
     kept += shape.state_bytes * ((stage > 0) + (not last))
     if last:
-        columns = config.vocab_size // shape.parallel.tensor
+        columns = config.vocab_size // shape.parallel.tp_size
         kept += 2 * shape.state_bytes + 8 * tokens
         kept += shape.num_targets * (config.hidden_size * shape.size + 4 * columns)
     return kept
@@ -182,20 +182,20 @@ def stage_bytes_kept(shape: Shape, stage: int, checkpointing: bool) -> int:
 
 def backward_bytes(shape: Shape, stage: int, checkpointing: bool) -> int:
     """Return the bytes that the backward pass of a micro-batch adds to what is kept, at its widest moment."""
-    hidden, inner = shape.config.hidden_size, shape.config.intermediate_size // shape.parallel.tensor
+    hidden, inner = shape.config.hidden_size, shape.config.intermediate_size // shape.parallel.tp_size
     layer = shape.tokens * (2 * hidden + 2 * inner) * shape.size
     if checkpointing:
         layer += layer_bytes_kept(shape) - shape.state_bytes
-    if stage < shape.parallel.pipeline - 1:
+    if stage < shape.parallel.pp_size - 1:
         return layer
-    columns = shape.config.vocab_size // shape.parallel.tensor
+    columns = shape.config.vocab_size // shape.parallel.tp_size
     head = 8 * shape.num_targets * columns  # beside the probabilities, which go when the layers' turn comes
     return max(head, layer - 4 * shape.num_targets * columns)
 
 
 def activation_bytes(shape: Shape, stage: int, in_flight: int, checkpointing: bool) -> int:
     """Return the bytes of activations at the widest moment, with so many micro-batches in flight."""
-    last = stage == shape.parallel.pipeline - 1
+    last = stage == shape.parallel.pp_size - 1
     second_output = shape.state_bytes if last and shape.num_micro_batches > 1 else 0
     kept = in_flight * stage_bytes_kept(shape, stage, checkpointing)
     return kept + second_output + backward_bytes(shape, stage, checkpointing)
@@ -211,7 +211,7 @@ def stage_memory(shape: Shape, stage: int, in_flight: int, checkpointing: bool) 
         in_flight: Micro-batches that the stage keeps at once.
         checkpointing: Whether layers are computed again in the backward pass instead of being kept.
     """
-    size, copies = shape.size, shape.parallel.data
+    size, copies = shape.size, shape.parallel.dp_size
     parameters = stage_parameters(shape, stage)
     groups = optimizer_groups(parameters)
     largest = max(numbers for _, numbers in parameters)
@@ -219,12 +219,12 @@ def stage_memory(shape: Shape, stage: int, in_flight: int, checkpointing: bool) 
     weights, gradients = partition * copies * size, total * size
     activations = activation_bytes(shape, stage, in_flight, checkpointing)
 
-    received = shape.state_bytes * ((stage > 0) + (stage < shape.parallel.pipeline - 1))
+    received = shape.state_bytes * ((stage > 0) + (stage < shape.parallel.pp_size - 1))
     flat = partition * (size if size == 4 else size + 4)
     held = {
         "computing": gradients + activations + largest * size * (shape.num_micro_batches > 1),
-        "reducing": max(reducing_numbers(groups, copies)) * size,
-        "updating": max(touched_numbers(groups, copies)) * size + max(flat, 8 * min(largest, partition)),
+        "reducing": max(reducing_elements(groups, copies)) * size,
+        "updating": max(touched_elements(groups, copies)) * size + max(flat, 8 * min(largest, partition)),
     }
     moments = {name: weights + 12 * partition + received + num_bytes for name, num_bytes in held.items()}
     buffers = max(moments.values()) - weights - gradients - 12 * partition - activations

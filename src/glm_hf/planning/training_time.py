@@ -17,14 +17,14 @@ time        Operations at `compute_efficiency` of the peak, bytes at `link_effic
             layers stop computation; between stages, states travel while a stage goes on if it can. What follows the
             pipeline (tied, data) is not overlapped. The update itself takes milliseconds and is left out.
 
-Ranks stand as `Parallel` numbers them, and a group within one node uses the links of the node.
+Ranks stand as `ParallelDegrees` numbers them, and a group within one node uses the links of the node.
 """
 
 from dataclasses import dataclass, fields
 
-from glm_hf.planning.devices import GIB
+from glm_hf.planning.table import GIB
 from glm_hf.planning.training_memory import Shape, stage_parameters
-from glm_hf.training.throughput import PEAK_TFLOPS
+from glm_hf.training.measurements import PEAK_TFLOPS
 
 # Assumed, not measured here. With these, the run of the paper comes out 3% faster than it was. Kernels fused by hand,
 # as Megatron-LM's, reach more than half of the peak; small models and narrow parts of layers less.
@@ -101,7 +101,7 @@ class Machine:
 
     def compute_seconds(self, operations: float, shape: Shape) -> float:
         """Return the time that operations take, shared by the ranks of a layer."""
-        return operations / shape.parallel.tensor / (peak_tflops(self.gpu, shape) * 1e12 * self.compute_efficiency)
+        return operations / shape.parallel.tp_size / (peak_tflops(self.gpu, shape) * 1e12 * self.compute_efficiency)
 
     def send_seconds(self, num_bytes: float, kind: str, shape: Shape) -> float:
         """Return the time that a GPU's bytes of one of `KINDS` take."""
@@ -117,7 +117,7 @@ def peak_tflops(gpu: Gpu, shape: Shape) -> float:
 def is_in_node(kind: str, shape: Shape, gpu: Gpu) -> bool:
     """Tell whether no group of a kind has ranks on two nodes."""
     parallel = shape.parallel
-    span = {"tensor": parallel.tensor, "data": parallel.tensor * parallel.data}.get(kind, parallel.world_size)
+    span = {"tensor": parallel.tp_size, "data": parallel.tp_size * parallel.dp_size}.get(kind, parallel.world_size)
     return parallel.world_size <= gpu.gpus_per_node or gpu.gpus_per_node % span == 0
 
 
@@ -139,13 +139,13 @@ def reduced_bytes(num_bytes: float, ranks: int) -> float:
 
 def tensor_bytes(shape: Shape, stage: int, checkpointing: bool) -> tuple[float, float]:
     """Return what a GPU sends within its layers for a micro-batch, in the forward and in the backward pass."""
-    config, ranks = shape.config, shape.parallel.tensor
+    config, ranks = shape.config, shape.parallel.tp_size
     layers = len(shape.parallel.stage_layers(config.num_hidden_layers)[stage])
     once = 2 * layers * shape.state_bytes
     forward, backward = once, once * (2 if checkpointing else 1)
     if stage == 0:
         forward += shape.state_bytes
-    if stage == shape.parallel.pipeline - 1:
+    if stage == shape.parallel.pp_size - 1:
         forward += 3 * 4 * shape.num_targets
         backward += shape.num_targets * config.hidden_size * shape.size
     return reduced_bytes(forward, ranks), reduced_bytes(backward, ranks)
@@ -154,14 +154,14 @@ def tensor_bytes(shape: Shape, stage: int, checkpointing: bool) -> tuple[float, 
 def sent_bytes(shape: Shape, stage: int, checkpointing: bool) -> dict[str, float]:
     """Return what a GPU of a stage sends in a step, by kind (module docstring)."""
     config, parallel, count = shape.config, shape.parallel, shape.num_micro_batches
-    first, last = stage == 0, stage == parallel.pipeline - 1
+    first, last = stage == 0, stage == parallel.pp_size - 1
     parameters = sum(numbers for _, numbers in stage_parameters(shape, stage)) * shape.size
-    is_tied = config.tie_word_embeddings and parallel.pipeline > 1 and (first or last)
+    is_tied = config.tie_word_embeddings and parallel.pp_size > 1 and (first or last)
     return {
         "tensor": count * sum(tensor_bytes(shape, stage, checkpointing)),
         "pipeline": count * ((not last) * forward_message(shape) + (not first) * shape.state_bytes),
-        "data": 1.5 * reduced_bytes(parameters, parallel.data),
-        "tied": is_tied * config.vocab_size // parallel.tensor * config.hidden_size * shape.size,
+        "data": 1.5 * reduced_bytes(parameters, parallel.dp_size),
+        "tied": is_tied * config.vocab_size // parallel.tp_size * config.hidden_size * shape.size,
     }
 
 
@@ -175,7 +175,7 @@ def stage_seconds(shape: Shape, stage: int, checkpointing: bool, machine: Machin
     layers = len(shape.parallel.stage_layers(shape.config.num_hidden_layers)[stage])
     forward = layers * layer_operations(shape)
     backward = forward * (3 if checkpointing else 2)
-    if stage == shape.parallel.pipeline - 1:
+    if stage == shape.parallel.pp_size - 1:
         forward += head_operations(shape)
         backward += 2 * head_operations(shape)
     sent = tensor_bytes(shape, stage, checkpointing)

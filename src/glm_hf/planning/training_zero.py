@@ -44,7 +44,7 @@ def slices_of(group: list[int], copies: int) -> list[Slices]:
     return found
 
 
-def touched_numbers(groups: list[list[int]], copies: int) -> list[int]:
+def touched_elements(groups: list[list[int]], copies: int) -> list[int]:
     """Return, for every copy, the numbers of all parameters of which it updates any part."""
     touched = [0] * copies
     for slices in (slices for group in groups for slices in slices_of(group, copies)):
@@ -53,12 +53,12 @@ def touched_numbers(groups: list[list[int]], copies: int) -> list[int]:
     return touched
 
 
-def reducing_numbers(groups: list[list[int]], copies: int, bucket_size: int = BUCKET_SIZE) -> list[int]:
+def reducing_elements(groups: list[list[int]], copies: int, bucket_size: int = BUCKET_SIZE) -> list[int]:
     """Return, for every copy, the most that it holds while gradients are averaged, the gradients included."""
     buckets = _buckets([slices for group in groups for slices in slices_of(group, copies)], bucket_size)
     joined = [_joined(bucket, bucket_size) for bucket in buckets]
     held = [sum(map(sum, groups)) + bucket_size] * copies
-    most, touched = list(held), touched_numbers(groups, copies)
+    most, touched = list(held), touched_elements(groups, copies)
     has_place = [False] * copies
     for bucket, extra in zip(buckets, joined, strict=True):
         is_large = _size(bucket[0]) > bucket_size

@@ -28,7 +28,7 @@ def test_json_holds_what_was_asked_for(run):
     )  # fmt: skip
     found = json.loads(out)
     assert code == 0
-    assert found["parallel"] == {"tensor": 4, "pipeline": 8, "data": 24, "partition": [9, 9, 9, 9, 9, 9, 8, 8]}
+    assert found["parallel"] == {"tp_size": 4, "pp_size": 8, "dp_size": 24, "partition": [9, 9, 9, 9, 9, 9, 8, 8]}
     names = ("micro_batch", "global_batch", "sequence", "precision", "checkpointing", "target_share", "schedule")
     assert [found[name] for name in names] == [2, 4224, 1024, "bf16", True, 0.5, "naive"]
     assert found["machine"] == {
@@ -77,7 +77,7 @@ def test_timeline_is_written(run, tmp_path):
 
 
 def test_timeline_without_matplotlib_is_one_line(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("glm_hf.cli.training.find_spec", lambda name: None)
+    monkeypatch.setattr("glm_hf.cli.plan.find_spec", lambda name: None)
     code, out, err = run(*PAPER, "--timeline", tmp_path / "step.png")
     assert (code, out) == (1, "")
     assert err == "glm-hf: error: --timeline needs matplotlib: pip install 'glm-hf[plot]'\n"
@@ -86,7 +86,7 @@ def test_timeline_without_matplotlib_is_one_line(run, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([*PAPER, "--tp", 4], "--tp belongs to --devices, not to --train"),
+        ([*PAPER, "--bits", 4], "--bits belongs to --devices, not to --train"),
         ([*PAPER, "--context", 4], "--context belongs to --devices, not to --train"),
         (
             ["plan", "--preset", "130b", "--devices", "80GiB*8", "--no-checkpointing"],
@@ -97,8 +97,8 @@ def test_timeline_without_matplotlib_is_one_line(run, tmp_path, monkeypatch):
             "--micro-batch belongs to --train, not to --devices",
         ),
         ([*PAPER, "--gpu", "A100"], "gpu must be one of V100-32GB, A100-40GB, "),
-        ([*PAPER, "--data", 25], "global_batch must be a multiple of micro_batch times data (1 x 25), got 4224"),
-        ([*PAPER, "--tensor", 0], "tensor must be a number of at least 1, got 0"),
+        ([*PAPER, "--data", 25], "global_batch must be a multiple of micro_batch times dp_size (1 x 25), got 4224"),
+        ([*PAPER, "--tensor", 0], "tp_size must be an integer of at least 1, got 0"),
         ([*PAPER, "--gpu-memory", "40"], "a size needs a unit"),
     ],
 )

@@ -189,7 +189,6 @@ def test_the_folder_is_flat_and_holds_what_a_model_needs_only(source, exported):
     code = {
         f"{part}_glm.py"
         for part in (
-            "cache",
             "chat",
             "configuration",
             "filling",
@@ -197,12 +196,9 @@ def test_the_folder_is_flat_and_holds_what_a_model_needs_only(source, exported):
             "infilling",
             "masking",
             "modeling",
-            "parallel",
             "peft",
             "positions",
-            "prompts",
             "rotary",
-            "rows",
             "tokenization",
             "versions",
         )  # fmt: skip

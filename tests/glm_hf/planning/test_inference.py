@@ -278,7 +278,7 @@ def test_missing_memory_is_that_of_the_fullest_device(run):
             {"bits": 4, "group_size": 100},
             r"group_size must divide the 12288 input features of .* and be even, got 100",
         ),
-        ({"bits": 8, "group_size": 0}, r"group_size must divide"),
+        ({"bits": 8, "group_size": 0}, r"group_size must be a positive integer"),
         ({"bits": 5}, r"bits must be 4, 8 or 16, got 5"),
         ({"group_size": 128}, r"group_size and quantize_embeddings belong to bits of 4 or 8"),
         ({"bits": 16, "quantize_embeddings": True}, r"belong to bits of 4 or 8"),
@@ -307,7 +307,7 @@ def test_command_prints_a_table_and_code_that_loads(run, folders, monkeypatch):
     assert title == "5 layers in INT4, embedding in float16, context 32, batch 3; sizes in GiB"
     assert header.split() == "device size layers weights KV cache activations reserve free".split()
     assert [row.split() for row in rows] == [
-        ["cpu", "1.00", "0-4", "0.00", "0.00", "0.00", "0.50", "0.50", "embedding,", "output"]
+        ["cpu", "1.00", "0-4", "0.00", "0.00", "0.00", "0.50", "0.50", "embedding,", "LM", "head"]
     ]
     assert total.split() == ["all", "1.00", "5", "0.00", "0.00", "0.00", "0.50", "0.50"]
     names: dict = {}

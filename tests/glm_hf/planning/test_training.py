@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 
 from glm_hf import GLMConfig
-from glm_hf.planning.devices import GIB
+from glm_hf.planning.table import GIB
 from glm_hf.planning.timeline import plot_timeline
 from glm_hf.planning.training import TrainingPlan, TrainingRequest
 from glm_hf.planning.training_time import (
@@ -16,7 +16,7 @@ from glm_hf.planning.training_time import (
     stage_seconds,
     tensor_bytes,
 )
-from glm_hf.sharding.degrees import Parallel
+from glm_hf.sharding.degrees import ParallelDegrees
 
 A100 = Machine(GPUS["A100-40GB"])
 STATES = 2048 * 12288 * 2  # bytes of a micro-batch's hidden states
@@ -24,7 +24,7 @@ STATES = 2048 * 12288 * 2  # bytes of a micro-batch's hidden states
 
 def plan(parallel=None, **changes):
     """The run of the paper, with some of it changed."""
-    parallel = Parallel(4, 8, 24) if parallel is None else parallel
+    parallel = ParallelDegrees(4, 8, 24) if parallel is None else parallel
     settings = {"config": GLMConfig(), "machine": A100, "micro_batch": 1, "global_batch": 4224, "sequence": 2048}
     return TrainingPlan(TrainingRequest(parallel=parallel, **(settings | changes)))
 
@@ -68,9 +68,9 @@ def test_utilization_is_operations_by_time_and_peak():
     "changed",
     [
         plan(schedule="naive"),
-        plan(Parallel(8, 4, 24)),
-        plan(Parallel(2, 16, 24)),
-        plan(Parallel(4, 8, 24, partition=(8, 8, 9, 9, 9, 9, 9, 9))),
+        plan(ParallelDegrees(8, 4, 24)),
+        plan(ParallelDegrees(2, 16, 24)),
+        plan(ParallelDegrees(4, 8, 24, partition=(8, 8, 9, 9, 9, 9, 9, 9))),
         plan(micro_batch=2),
     ],
     ids=["naive", "tensor 8", "tensor 2", "heavy end", "micro-batch 2"],
@@ -81,7 +81,7 @@ def test_what_the_paper_rejected_is_slower(changed):
 
 @pytest.mark.parametrize(
     "changed",
-    [plan(checkpointing=False), plan(schedule="gpipe"), plan(Parallel(1, 8, 96))],
+    [plan(checkpointing=False), plan(schedule="gpipe"), plan(ParallelDegrees(1, 8, 96))],
     ids=["no checkpointing", "gpipe", "tensor 1"],
 )
 def test_what_the_paper_rejected_does_not_fit(changed):
@@ -91,7 +91,7 @@ def test_what_the_paper_rejected_does_not_fit(changed):
 
 def test_72_layers_make_the_ends_the_slowest_and_fullest():
     config = GLMConfig(num_hidden_layers=72)
-    even, paper = plan(Parallel(4, 8, 24, partition=(9,) * 8), config=config), plan()
+    even, paper = plan(ParallelDegrees(4, 8, 24, partition=(9,) * 8), config=config), plan()
     seconds = [sum(stage_seconds(even.request.shape, stage, True, A100)) for stage in range(8)]
     assert seconds.index(max(seconds)) == 7
     assert max(seconds[:7]) == pytest.approx(min(seconds[:7]), rel=0.01)
@@ -140,7 +140,7 @@ def test_messages_between_stages_hold_the_pipeline_up():
 
 
 def test_single_process_sends_nothing():
-    alone = plan(Parallel(), global_batch=4)
+    alone = plan(ParallelDegrees(), global_batch=4)
     assert set(alone.sent[0].values()) == {0}
     assert alone.seconds_after_pipeline == 0
     assert alone.run.bubble == 0
@@ -161,11 +161,11 @@ def test_passes_take_operations_and_messages_by_hand():
 @pytest.mark.parametrize(
     ("parallel", "inside"),
     [
-        (Parallel(4, 8, 24), ["tensor"]),
-        (Parallel(16, 2, 1), []),
-        (Parallel(2, 8, 4), ["tensor", "data"]),
-        (Parallel(2, 2, 2), ["tensor", "pipeline", "data", "tied"]),
-        (Parallel(3, 4, 2), []),  # three ranks would lie across nodes of eight
+        (ParallelDegrees(4, 8, 24), ["tensor"]),
+        (ParallelDegrees(16, 2, 1), []),
+        (ParallelDegrees(2, 8, 4), ["tensor", "data"]),
+        (ParallelDegrees(2, 2, 2), ["tensor", "pipeline", "data", "tied"]),
+        (ParallelDegrees(3, 4, 2), []),  # three ranks would lie across nodes of eight
     ],
 )
 def test_links_are_chosen_by_where_ranks_stand(parallel, inside):
@@ -182,8 +182,8 @@ def test_advice_names_changes_that_fit():
     assert kept.advice() == (
         f"needs {rounded_up} GiB more on each GPU of stage 0; fits with checkpointing, or with --tensor 8 --data 12"
     )
-    assert plan(Parallel(8, 4, 12), checkpointing=False, global_batch=4224).fits is False
-    assert plan(Parallel(8, 8, 12), checkpointing=False).fits
+    assert plan(ParallelDegrees(8, 4, 12), checkpointing=False, global_batch=4224).fits is False
+    assert plan(ParallelDegrees(8, 8, 12), checkpointing=False).fits
     small = replace(A100, gpu=replace(A100.gpu, memory=GIB))
     assert plan(machine=small).advice().endswith("none of the usual changes makes it fit")
 
@@ -225,14 +225,14 @@ def test_json_adds_up():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"global_batch": 4225}, r"global_batch must be a multiple of micro_batch times data \(1 x 24\), got 4225"),
+        ({"global_batch": 4225}, r"global_batch must be a multiple of micro_batch times dp_size \(1 x 24\), got 4225"),
         ({"micro_batch": 0}, "global_batch must be a multiple"),
         ({"sequence": 2049}, "sequence must be from 1 to 2048 tokens, got 2049"),
         ({"precision": "int8"}, "precision must be one of fp16, bf16, fp32, got 'int8'"),
         ({"target_share": 0}, "target_share must be more than 0 and at most 1, got 0"),
         ({"schedule": "zero"}, "schedule must be one of"),
-        ({"parallel": Parallel(7, 8, 24)}, r"tensor must divide num_attention_heads \(96\), got 7"),
-        ({"parallel": Parallel(4, 8, 24, partition=(9,) * 8)}, "partition must hold the 70 layers"),
+        ({"parallel": ParallelDegrees(7, 8, 24)}, r"tp_size must divide num_attention_heads \(96\), got 7"),
+        ({"parallel": ParallelDegrees(4, 8, 24, partition=(9,) * 8)}, "partition must hold the 70 layers"),
     ],
 )
 def test_impossible_runs_are_refused(changes, message):
@@ -255,7 +255,7 @@ def size_of_png(path):
 
 def test_timeline_of_many_micro_batches_shows_the_beginning_once_more(tmp_path):
     pytest.importorskip("matplotlib")
-    short = plan(Parallel(4, 8, 24), global_batch=24 * 12)
+    short = plan(ParallelDegrees(4, 8, 24), global_batch=24 * 12)
     plot_timeline(short.run, tmp_path / "short.png", "12 micro-batches")
     plot_timeline(plan().run, tmp_path / "long.png", "176 micro-batches")
     (width, height), (other_width, other_height) = (

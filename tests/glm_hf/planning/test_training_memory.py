@@ -19,10 +19,10 @@ from glm_hf.planning.training_memory import (
     stage_parameters,
 )
 from glm_hf.rotary_glm import GLMRotaryEmbedding
-from glm_hf.sharding.degrees import Parallel
-from glm_hf.training.pipeline.tensor_parallel import TensorGroup, VocabParallelEmbedding, cut_layer
+from glm_hf.sharding.degrees import ParallelDegrees
+from glm_hf.training.pipeline.tensor_parallel import TensorGroup, VocabParallelEmbedding, shard_layer
 
-PAPER = Shape(GLMConfig(), Parallel(4, 8, 24), 1, 176, 2048)
+PAPER = Shape(GLMConfig(), ParallelDegrees(4, 8, 24), 1, 176, 2048)
 SIZES = {"hidden_size": 48, "num_attention_heads": 4, "intermediate_size": 80, "num_hidden_layers": 2}
 
 
@@ -43,7 +43,7 @@ def make_layer(config, tensor):
     config._attn_implementation = "sdpa"
     with torch.device("meta"):
         layer = GLMLayer(config, 0)
-    layer = cut_layer(layer, OneOfSeveral(tensor)).to_empty(device="cpu").train()
+    layer = shard_layer(layer, OneOfSeveral(tensor)).to_empty(device="cpu").train()
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     return layer
@@ -77,7 +77,7 @@ def test_a_layer_keeps_what_the_formula_says(tensor, batch, length, dropout):
     for known in elsewhere:
         found.pop(known.untyped_storage().data_ptr(), None)
     kept = sum(saved.untyped_storage().nbytes() for saved in found.values())
-    shape = Shape(config, Parallel(tensor), batch, 1, length, "fp32")
+    shape = Shape(config, ParallelDegrees(tensor), batch, 1, length, "fp32")
     on_cpu = 2 * 3 * batch * length * config.hidden_size * (dropout > 0)  # which draws dropout in fp32, not in bytes
     assert kept == layer_bytes_kept(shape) + on_cpu
 
@@ -87,7 +87,7 @@ def test_parameters_are_those_of_a_cut_layer(tensor):
     config = small_config()
     layer = make_layer(config, tensor)
     expected = [(name, parameter.numel()) for name, parameter in layer.named_parameters()]
-    assert list(layer_parameters(Shape(config, Parallel(tensor), 1, 1, 8))) == expected
+    assert list(layer_parameters(Shape(config, ParallelDegrees(tensor), 1, 1, 8))) == expected
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -95,7 +95,7 @@ def test_stages_hold_every_parameter_of_the_model(tied):
     config = small_config(num_hidden_layers=5, tie_word_embeddings=tied)
     expected = GLMForBlankInfilling(config).num_parameters()
     assert num_model_parameters(config) == expected
-    shape = Shape(config, Parallel(1, 3, 2), 1, 4, 8)
+    shape = Shape(config, ParallelDegrees(1, 3, 2), 1, 4, 8)
     held = sum(numbers for stage in range(3) for _, numbers in stage_parameters(shape, stage))
     assert held == expected + (config.vocab_size * config.hidden_size if tied else 0)
 
@@ -136,7 +136,7 @@ def test_without_checkpointing_every_layer_counts():
 def test_the_output_matrix_counts_for_predicted_tokens():
     config = small_config(hidden_size=16, intermediate_size=16, num_attention_heads=1)
     config.vocab_size = 1000
-    whole, part = (Shape(config, Parallel(1, 2, 1), 4, 8, 16, "fp16", share) for share in (1.0, 0.25))
+    whole, part = (Shape(config, ParallelDegrees(1, 2, 1), 4, 8, 16, "fp16", share) for share in (1.0, 0.25))
     saved = [stage_memory(shape, 1, 1, checkpointing=True).activations for shape in (whole, part)]
     assert (whole.num_targets, part.num_targets) == (64, 16)
     assert saved[0] - saved[1] == 48 * (16 * 2 + 3 * 4 * 1000)
@@ -146,7 +146,7 @@ def test_the_output_matrix_counts_for_predicted_tokens():
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
 def test_weights_have_an_fp32_master_in_every_precision(precision):
-    shape = Shape(small_config(), Parallel(2, 2, 3), 1, 4, 8, precision)
+    shape = Shape(small_config(), ParallelDegrees(2, 2, 3), 1, 4, 8, precision)
     memory = stage_memory(shape, 0, 2, checkpointing=True)
     size = 4 if precision == "fp32" else 2
     assert memory.weights == 3 * (memory.optimizer // 12) * size
@@ -155,7 +155,7 @@ def test_weights_have_an_fp32_master_in_every_precision(precision):
 
 def test_gradients_of_a_single_copy_move_by_way_of_a_bucket():
     """All fit the bucket, which they fill while their own place is made."""
-    shape = Shape(small_config(), Parallel(), 1, 1, 8, "fp32")
+    shape = Shape(small_config(), ParallelDegrees(), 1, 1, 8, "fp32")
     memory = stage_memory(shape, 0, 1, checkpointing=True)
     numbers = num_model_parameters(shape.config)
     assert memory.moments["reducing"] == memory.weights + memory.optimizer + 4 * (50_000_000 + numbers)
@@ -164,7 +164,7 @@ def test_gradients_of_a_single_copy_move_by_way_of_a_bucket():
 
 
 def test_update_in_16_bits_has_gradients_in_both_precisions():
-    shape = Shape(small_config(), Parallel(1, 1, 2), 1, 1, 8, "fp16")
+    shape = Shape(small_config(), ParallelDegrees(1, 1, 2), 1, 1, 8, "fp16")
     memory = stage_memory(shape, 0, 1, checkpointing=True)
     matrices = [64 * 48, *[144 * 48, 48 * 48, 160 * 48, 48 * 80] * 2]  # the fifth lies across the middle
     vectors = [48, 48, 144, 48, 48, 48, 160, 48] * 2 + [48, 48]  # the tenth begins the second half
@@ -209,7 +209,7 @@ def test_layers_need_at_most_what_is_planned_and_not_much_less(checkpointing):
             output = layer(output, **shared)
         output.backward(torch.ones_like(output))
 
-    shape = Shape(config, Parallel(1, 2), 4, 2, 256, "fp32")
+    shape = Shape(config, ParallelDegrees(1, 2), 4, 2, 256, "fp32")
     kept = count * (shape.state_bytes if checkpointing else layer_bytes_kept(shape))
     planned = kept + backward_bytes(shape, 0, checkpointing) + 2 * shape.state_bytes + 4 * 2 * 344 * 128
     assert 0.9 * planned <= peak_of(work) <= planned
@@ -227,7 +227,7 @@ def test_the_output_matrix_needs_at_most_what_is_planned_and_not_much_less():
         hidden = states.clone().requires_grad_()
         head.cross_entropy(head.logits(hidden), labels).sum().backward()
 
-    shape = Shape(config, Parallel(2, 2), 1, 2, 128, "fp32")
+    shape = Shape(config, ParallelDegrees(2, 2), 1, 2, 128, "fp32")
     planned = 4 * 128 * 2048 + backward_bytes(shape, 1, checkpointing=True) + 4 * 2048 * 32 + 2 * shape.state_bytes
     assert backward_bytes(shape, 1, checkpointing=True) == 8 * 128 * 2048
     assert 0.8 * planned <= peak_of(work) <= planned

@@ -76,7 +76,7 @@ def test_scale_is_cut_as_its_weight_is():
 @pytest.mark.parametrize(("rule", "tp_size"), [(COLUMN, 3), (ROW, 8), (GATED, 8)])
 def test_uneven_split_is_refused(rule, tp_size):
     with pytest.raises(
-        ValueError, match=rf"tp_size must cut dimension \d of a tensor of shape \(8, 4\) .* got {tp_size}"
+        ValueError, match=rf"tp_size must split dimension \d of a tensor of shape \(8, 4\) .* got {tp_size}"
     ):
         rule.split(MATRIX, tp_size)
 

@@ -6,13 +6,13 @@ import pytest
 from glm_hf.training.data.blanks import (
     IGNORED,
     Spans,
-    cut_blanks,
+    draw_entries,
     draw_sentence_spans,
     draw_suffixes,
-    draw_within,
     draw_word_spans,
     first_in_each,
     lay_out,
+    mask_spans,
     place_spans,
     ragged_range,
 )
@@ -36,7 +36,7 @@ def covered_by(spans: Spans) -> np.ndarray:
 
 def test_two_masks_are_laid_out_as_by_hand():
     tokens = np.arange(1, 8)  # a b c d e f g
-    texts = cut_blanks(tokens, np.array([7]), spans_of((0, 1, 2), (0, 5, 1)), MASK, EOS, np.array([1, 0]))
+    texts = mask_spans(tokens, np.array([7]), spans_of((0, 1, 2), (0, 5, 1)), MASK, EOS, np.array([1, 0]))
     (ids, positions, segments, labels), lengths = lay_out(texts, np.arange(len(texts.context_lengths)), SOP, EOP)
     assert ids.tolist() == [1, MASK, 4, 5, MASK, 7, EOS, SOP, 6, SOP, 2, 3]
     assert positions.tolist() == [0, 1, 2, 3, 4, 5, 6, 4, 4, 1, 1, 1]
@@ -48,7 +48,7 @@ def test_two_masks_are_laid_out_as_by_hand():
 def test_two_samples_stand_side_by_side_as_by_hand():
     tokens = np.array([1, 2, 3, 4, 5, EOS])
     spans = spans_of((0, 1, 2), (1, 3, 1))
-    texts = cut_blanks(tokens, np.array([3, 3]), spans, MASK, EOS, np.array([0, 1]))
+    texts = mask_spans(tokens, np.array([3, 3]), spans, MASK, EOS, np.array([0, 1]))
     (ids, positions, segments, labels), lengths = lay_out(texts, np.arange(len(texts.context_lengths)), SOP, EOP)
     # the first ends in its mask and the second in </s> already, so neither gets one
     assert ids.tolist() == [1, MASK, SOP, 2, 3, MASK, 5, EOS, SOP, 4]
@@ -59,7 +59,7 @@ def test_two_samples_stand_side_by_side_as_by_hand():
 
 
 def test_blanks_that_count_on_and_are_cut_off_are_laid_out_as_by_hand():
-    texts = cut_blanks(np.array([1, 2, 3, 4]), np.array([4]), spans_of((0, 2, 2)), MASK, EOS, np.array([0]))
+    texts = mask_spans(np.array([1, 2, 3, 4]), np.array([4]), spans_of((0, 2, 2)), MASK, EOS, np.array([0]))
     texts = texts.__class__(**{**texts.__dict__, "blank_position": np.array([-1]), "is_closed": np.array([False])})
     (ids, positions, _, labels), _ = lay_out(texts, np.zeros(1, np.int64), SOP, EOP)
     assert ids.tolist() == [1, 2, MASK, SOP, 3, 4]
@@ -68,13 +68,13 @@ def test_blanks_that_count_on_and_are_cut_off_are_laid_out_as_by_hand():
 
 
 def test_sentences_side_by_side_become_two_masks():
-    texts = cut_blanks(np.arange(1, 6), np.array([5]), spans_of((0, 1, 2), (0, 3, 1)), MASK, EOS, np.array([0, 1]))
+    texts = mask_spans(np.arange(1, 6), np.array([5]), spans_of((0, 1, 2), (0, 3, 1)), MASK, EOS, np.array([0, 1]))
     assert texts.context.tolist() == [1, MASK, MASK, 5, EOS]
     assert texts.blank_position.tolist() == [1, 2]
 
 
 def test_a_text_can_be_a_blank_as_a_whole():
-    texts = cut_blanks(np.array([7]), np.array([1]), spans_of((0, 0, 1)), MASK, EOS, np.array([0]))
+    texts = mask_spans(np.array([7]), np.array([1]), spans_of((0, 0, 1)), MASK, EOS, np.array([0]))
     assert texts.context.tolist() == [MASK]
     assert texts.blank.tolist() == [7]
 
@@ -214,7 +214,7 @@ def test_entries_are_drawn_without_repetition_and_in_random_order():
     counts, wanted = np.array([3, 400, 1, 30_000]), np.array([3, 20, 1, 5])
     seen = []
     for seed in range(200):
-        drawn = draw_within(counts, wanted, keys(4, seed), np.uint64(0))
+        drawn = draw_entries(counts, wanted, keys(4, seed), np.uint64(0))
         parts = np.split(drawn, wanted.cumsum()[:-1])
         for part, count, start in zip(parts, counts, (0, 3, 403, 404), strict=True):
             assert len(np.unique(part)) == len(part)
@@ -224,9 +224,9 @@ def test_entries_are_drawn_without_repetition_and_in_random_order():
 
 
 def test_entries_are_drawn_also_where_too_few_are_low(monkeypatch):
-    everything = draw_within(np.array([50, 60]), np.array([9, 2]), keys(2), np.uint64(0))
+    everything = draw_entries(np.array([50, 60]), np.array([9, 2]), keys(2), np.uint64(0))
     monkeypatch.setattr("numpy.sqrt", lambda values: -np.asarray(values))
-    assert draw_within(np.array([50, 60]), np.array([9, 2]), keys(2), np.uint64(0)).tolist() == everything.tolist()
+    assert draw_entries(np.array([50, 60]), np.array([9, 2]), keys(2), np.uint64(0)).tolist() == everything.tolist()
 
 
 def test_seeds_of_all_sizes_have_draws_of_their_own():

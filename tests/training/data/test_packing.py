@@ -7,7 +7,15 @@ import pytest
 
 from glm_hf import GLMConfig
 from glm_hf.training import DataCollatorForBlankInfilling, InfillingRecipe
-from glm_hf.training.data.packing import EpochPlan, Row, cut, next_fit, plan_apart, plan_instructions, plan_joined
+from glm_hf.training.data.packing import (
+    EpochPlan,
+    Row,
+    next_fit,
+    plan_apart,
+    plan_instructions,
+    plan_joined,
+    split_documents,
+)
 
 SPECIAL = {f"{name}_token_id": number for number, name in enumerate("pad eos mask gmask smask eod sop eop".split())}
 CONFIG = GLMConfig(**SPECIAL)
@@ -102,7 +110,7 @@ def test_next_fit_leaves_no_room_unused_that_the_next_item_fits():
 
 
 def test_long_documents_are_cut_into_nearly_equal_pieces():
-    document, offset, length = cut(np.array([10, 3, 4, 5]), 4)
+    document, offset, length = split_documents(np.array([10, 3, 4, 5]), 4)
     assert document.tolist() == [0, 0, 0, 1, 2, 3, 3]
     assert offset.tolist() == [0, 3, 6, 0, 0, 0, 2]
     assert length.tolist() == [3, 3, 4, 3, 4, 2, 3]

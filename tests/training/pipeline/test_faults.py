@@ -23,7 +23,7 @@ from glm_hf.training.pipeline.engine import BUCKET_SIZE, deepspeed_3d_config, sq
 
 EXAMPLES = Path(__file__).parents[3] / "examples" / "training"
 
-DEGREES = {"tensor": 2, "pipeline": 2, "data": 1}
+DEGREES = {"tp_size": 2, "pp_size": 2, "dp_size": 1}
 
 
 def spoil(trainer, step: int, by: float) -> None:
@@ -84,7 +84,7 @@ def test_a_diverging_step_stops_all_ranks_before_its_update(deep_folder, tmp_pat
 
 def test_a_leap_of_the_embeddings_gradient_is_left_out_as_in_one_process(deep_folder, tmp_path):
     """Of a gradient that is finite nothing may reach the weights, nor the next step."""
-    degrees = {"pipeline": 2, "data": 2}
+    degrees = {"pp_size": 2, "dp_size": 2}
     options = {"max_steps": 24, "divergence_action": "skip"}
 
     def rank_main(rank: int):
@@ -131,14 +131,14 @@ def test_a_gradient_that_is_not_finite_stops_all_ranks_though_the_loss_is(deep_f
 
 def test_norms_before_the_update_are_without_the_loss_scale(deep_folder, tmp_path):
     def rank_main(rank: int):
-        trainer = make_3d_trainer(deep_folder, tmp_path / "run", {"pipeline": 2}, max_steps=3, fp16=True)
+        trainer = make_3d_trainer(deep_folder, tmp_path / "run", {"pp_size": 2}, max_steps=3, fp16=True)
         seen = []
         check = trainer._check_step
         trainer._check_step = lambda norm: seen.append(norm) or check(norm)
         trainer.train()
         return seen, [entry["grad_norm"] for entry in logs_of(trainer)], trainer.engine.skipped_steps
 
-    seen, logged, skipped = same_on_all(rank_main, {"pipeline": 2}, tmp_path / "ranks")
+    seen, logged, skipped = same_on_all(rank_main, {"pp_size": 2}, tmp_path / "ranks")
     assert skipped == 0
     assert seen == pytest.approx(logged, rel=1e-5)
 
@@ -148,7 +148,7 @@ def test_an_overflow_of_fp16_lowers_the_loss_scale_only(deep_folder, tmp_path):
         trainer = make_3d_trainer(
             deep_folder,
             tmp_path / "run",
-            {"pipeline": 2},
+            {"pp_size": 2},
             max_steps=3,
             fp16=True,
             deepspeed={"fp16": {"initial_scale_power": 30, "hysteresis": 1}},
@@ -156,7 +156,7 @@ def test_an_overflow_of_fp16_lowers_the_loss_scale_only(deep_folder, tmp_path):
         trainer.train()
         return trainer.engine.skipped_steps, trainer.engine.optimizer.loss_scale, trainer.state.global_step
 
-    skipped, scale, step = same_on_all(rank_main, {"pipeline": 2}, tmp_path / "ranks")
+    skipped, scale, step = same_on_all(rank_main, {"pp_size": 2}, tmp_path / "ranks")
     assert (skipped, scale, step) == (3, 2.0**27, 3)
     assert not (tmp_path / "run" / "divergence.json").exists()
 
@@ -210,12 +210,12 @@ def errors_of(rank_main, world_size: int, folder) -> set[str]:
 @pytest.mark.parametrize(
     ("degrees", "settings", "message"),
     [
-        ({"tensor": 3}, {}, "takes 3 processes, but 2 were started"),
-        ({"tensor": 2, "heads": 2}, {}, "parallel takes tensor, pipeline, data, partition"),
-        ({"pipeline": 2, "partition": [1, 2]}, {}, "partition must hold the 4 layers of the model, got 3"),
-        ({"pipeline": 2}, {"deepspeed": {"zero_optimization": {"stage": 2}}}, "a pipeline needs ZeRO stage 1, got 2"),
-        ({"pipeline": 2}, {"deepspeed": {"zero_optimization": {"stage": 3}}}, "a pipeline needs ZeRO stage 1, got 3"),
-        ({"data": 2}, {"global_batch_size": 5}, "2 processes cannot share a batch of 5 samples"),
+        ({"tp_size": 3}, {}, "takes 3 processes, but 2 were started"),
+        ({"tp_size": 2, "heads": 2}, {}, "parallel takes tp_size, pp_size, dp_size, partition"),
+        ({"pp_size": 2, "partition": [1, 2]}, {}, "partition must hold the 4 layers of the model, got 3"),
+        ({"pp_size": 2}, {"deepspeed": {"zero_optimization": {"stage": 2}}}, "a pipeline needs ZeRO stage 1, got 2"),
+        ({"pp_size": 2}, {"deepspeed": {"zero_optimization": {"stage": 3}}}, "a pipeline needs ZeRO stage 1, got 3"),
+        ({"dp_size": 2}, {"global_batch_size": 5}, "2 processes cannot share a batch of 5 samples"),
         (None, {}, "GLM3DTrainer takes GLMTrainingArguments with parallel"),
     ],
 )
@@ -232,9 +232,9 @@ def test_a_model_that_cannot_be_spread_is_one_error_on_all_ranks(deep_folder, tm
         config = GLMConfig.from_pretrained(deep_folder, **changes)
         return lambda rank: GLM3DTrainer(config, make_arguments(tmp_path / "run", parallel=degrees))
 
-    [error] = errors_of(with_config({"tensor": 2}, num_attention_heads=1), 2, tmp_path / "heads")
-    assert "tensor must divide num_attention_heads (1), got 2" in error
-    [error] = errors_of(with_config({"pipeline": 2}, num_hidden_layers=1), 2, tmp_path / "layers")
+    [error] = errors_of(with_config({"tp_size": 2}, num_attention_heads=1), 2, tmp_path / "heads")
+    assert "tp_size must divide num_attention_heads (1), got 2" in error
+    [error] = errors_of(with_config({"pp_size": 2}, num_hidden_layers=1), 2, tmp_path / "layers")
     assert "pipeline must be at most the number of layers (1), got 2" in error
 
 
@@ -284,14 +284,14 @@ def test_metrics_of_predictions_are_refused(deep_folder, tmp_path):
 def test_a_batch_is_counted_by_copies_of_the_model(tmp_path):
     def rank_main(rank: int) -> int | None:
         settings = {"global_batch_size": None, "per_device_train_batch_size": 3}
-        return make_arguments(tmp_path, parallel={"tensor": 2}, **settings).global_batch_size
+        return make_arguments(tmp_path, parallel={"tp_size": 2}, **settings).global_batch_size
 
     assert run_ranks(rank_main, 2, tmp_path) == [3, 3]
 
 
 def test_the_trainer_of_whole_models_refuses_degrees(deep_folder, tmp_path):
     with pytest.raises(ValueError, match=r"args.parallel is for GLM3DTrainer"):
-        make_trainer(deep_folder, tmp_path, parallel={"data": 1})
+        make_trainer(deep_folder, tmp_path, parallel={"dp_size": 1})
 
 
 def test_a_quantized_model_is_refused(deep_folder, tmp_path):
@@ -308,11 +308,11 @@ def test_a_quantized_model_is_refused(deep_folder, tmp_path):
 
 
 def test_checkpoints_of_something_else_are_refused(deep_folder, tmp_path):
-    train_3d(deep_folder, tmp_path / "run", {"pipeline": 2}, max_steps=1, save_strategy="steps", save_steps=1)
+    train_3d(deep_folder, tmp_path / "run", {"pp_size": 2}, max_steps=1, save_strategy="steps", save_steps=1)
     checkpoint = tmp_path / "run" / "checkpoint-1"
 
     def resume(model, folder):
-        return lambda rank: make_3d_trainer(model, tmp_path / "again", {"pipeline": 2}).train(str(folder))
+        return lambda rank: make_3d_trainer(model, tmp_path / "again", {"pp_size": 2}).train(str(folder))
 
     config = json.loads((checkpoint / "config.json").read_text())
     wider = GLMConfig.from_dict(config | {"intermediate_size": 128})
@@ -384,5 +384,5 @@ def test_the_configuration_of_deepspeed():
         deepspeed_3d_config(1, 1, 1, base={"zero_optimization": {"offload_optimizer": {"device": "cpu"}}})
     with pytest.raises(ValueError, match="precision must be fp16, bf16 or fp32, got 'fp8'"):
         deepspeed_3d_config(1, 1, 1, precision="fp8")
-    with pytest.raises(ValueError, match="tensor must be a number of at least 1"):
+    with pytest.raises(ValueError, match="tp_size must be an integer of at least 1"):
         deepspeed_3d_config(0, 1, 1)

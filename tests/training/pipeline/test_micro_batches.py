@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from glm_hf.training.loss_meter import LossMeter
+from glm_hf.training.measurements import LossMeter
 from glm_hf.training.pipeline.micro_batches import common_shape, empty_batch, micro_batches, pad_batch, require_names
 
 ROW = torch.tensor([[5, 6]])

@@ -13,7 +13,7 @@ from torch import distributed as dist
 
 from glm_hf import GLMConfig, GLMForBlankInfilling
 from glm_hf.infilling_glm import infilling_layout
-from glm_hf.sharding.degrees import Parallel
+from glm_hf.sharding.degrees import ParallelDegrees
 from glm_hf.training.pipeline.engine import deepspeed_3d_config, make_engine, start_deepspeed
 
 BIG = {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 8, "num_attention_heads": 16}
@@ -25,7 +25,7 @@ def _deepspeed():
     import_deepspeed()
 
 
-def spread(function, parallel: Parallel, folder: Path) -> list:
+def spread(function, parallel: ParallelDegrees, folder: Path) -> list:
     """Run `function()` on as many processes as `parallel` takes, and return what each returns."""
 
     def rank_main(rank: int):
@@ -37,7 +37,7 @@ def spread(function, parallel: Parallel, folder: Path) -> list:
     return run_ranks(rank_main, parallel.world_size, folder)
 
 
-def filled(folder: Path, parallel: Parallel, dtype: torch.dtype = torch.float32):
+def filled(folder: Path, parallel: ParallelDegrees, dtype: torch.dtype = torch.float32):
     from glm_hf.training.pipeline.model import GLMPipeline
     from glm_hf.training.pipeline.weights import load_folder
 
@@ -53,7 +53,7 @@ def test_logits_of_the_original_code_come_out_of_a_pipeline(tmp_path, case):
     arrays = {name: golden_arrays("cfg1")[f"{case}.{name}"] for name in ("input_ids", "position_ids", "logits")}
     hidden_from = golden_arrays("cfg1")[f"{case}.attention_mask"][:, 0]
     is_token = ~hidden_from.all(1)  # seen by some token
-    parallel = Parallel(tensor=2, pipeline=2)
+    parallel = ParallelDegrees(tp_size=2, pp_size=2)
 
     def rank_main():
         pipeline = filled(tmp_path / "model", parallel)
@@ -83,10 +83,10 @@ def test_a_folder_comes_out_as_it_went_in(deep_folder, tmp_path, dtype, is_tied)
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape))
     model.save_pretrained(tmp_path / "in", max_shard_size="20KB")
-    parallel = Parallel(tensor=2, pipeline=2, data=1)
+    parallel = ParallelDegrees(tp_size=2, pp_size=2, dp_size=1)
 
     def rank_main():
-        from glm_hf.training.pipeline.folder import save_folder
+        from glm_hf.training.pipeline.weights import save_folder
 
         pipeline = filled(tmp_path / "in", parallel, getattr(torch, dtype))
         (tmp_path / "out").mkdir(exist_ok=True)
@@ -116,9 +116,9 @@ def test_a_folder_comes_out_as_it_went_in(deep_folder, tmp_path, dtype, is_tied)
 
 def test_a_single_file_leaves_no_index_of_an_earlier_model(deep_folder, tmp_path):
     def rank_main():
-        from glm_hf.training.pipeline.folder import save_folder
+        from glm_hf.training.pipeline.weights import save_folder
 
-        pipeline = filled(deep_folder, Parallel())
+        pipeline = filled(deep_folder, ParallelDegrees())
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "model.safetensors.index.json").write_text("{}")
         (tmp_path / "out" / "model-00001-of-00002.safetensors").write_bytes(b"of an earlier model")
@@ -130,17 +130,17 @@ def test_a_single_file_leaves_no_index_of_an_earlier_model(deep_folder, tmp_path
 
 
 def test_every_file_is_written_by_one_process(deep_folder, tmp_path):
-    parallel = Parallel(tensor=2, data=2)
+    parallel = ParallelDegrees(tp_size=2, dp_size=2)
 
     def rank_main():
-        from glm_hf.training.pipeline import folder as stage_folder
+        from glm_hf.training.pipeline import weights
 
-        pipeline, written, save = filled(deep_folder, parallel), [], stage_folder.save_file
-        stage_folder.save_file = lambda tensors, path, **options: (
+        pipeline, written, save = filled(deep_folder, parallel), [], weights.save_file
+        weights.save_file = lambda tensors, path, **options: (
             written.append(path.name),
             save(tensors, path, **options),
         )
-        stage_folder.save_folder(pipeline, tmp_path / "out", max_shard_size="30KB")
+        weights.save_folder(pipeline, tmp_path / "out", max_shard_size="30KB")
         return written
 
     written = [name for names in spread(rank_main, parallel, tmp_path / "ranks") for name in names]
@@ -149,7 +149,7 @@ def test_every_file_is_written_by_one_process(deep_folder, tmp_path):
 
 def test_activations_are_recomputed_in_the_layers_that_are_asked_for(deep_folder, tmp_path):
     def rank_main():
-        pipeline = filled(deep_folder, Parallel(pipeline=2, partition=(1, 3)))
+        pipeline = filled(deep_folder, ParallelDegrees(pp_size=2, partition=(1, 3)))
         pipeline.activation_checkpointing_enable({"preserve_rng_state": False}, every_n_layers=2)
         settings = [layer._gradient_checkpointing_func.keywords for layer in pipeline.layers]
         assert all(one == {"use_reentrant": False, "preserve_rng_state": False} for one in settings)
@@ -165,19 +165,18 @@ def test_activations_are_recomputed_in_the_layers_that_are_asked_for(deep_folder
             pipeline.activation_checkpointing_enable(offload=True)
         return flags, len(calls)
 
-    ranks = spread(rank_main, Parallel(pipeline=2), tmp_path / "ranks")
+    ranks = spread(rank_main, ParallelDegrees(pp_size=2), tmp_path / "ranks")
     assert ranks == [([True], 2), ([False, True, False], 2)]  # of layers 0 to 3, the even ones
 
 
 def test_new_weights_do_not_depend_on_how_a_model_is_spread(deep_folder, tmp_path):
     config = GLMConfig.from_pretrained(deep_folder, hidden_size=64, intermediate_size=128)
-    degrees = [Parallel(), Parallel(tensor=2), Parallel(pipeline=3), Parallel(2, 2, 1)]
+    degrees = [ParallelDegrees(), ParallelDegrees(tp_size=2), ParallelDegrees(pp_size=3), ParallelDegrees(2, 2, 1)]
 
-    def made(parallel: Parallel, folder: Path) -> dict[str, torch.Tensor]:
+    def made(parallel: ParallelDegrees, folder: Path) -> dict[str, torch.Tensor]:
         def rank_main():
-            from glm_hf.training.pipeline.folder import save_folder
             from glm_hf.training.pipeline.model import GLMPipeline
-            from glm_hf.training.pipeline.weights import initialize
+            from glm_hf.training.pipeline.weights import initialize, save_folder
 
             pipeline = GLMPipeline(config, parallel, torch.float32)
             initialize(pipeline, seed=5)
@@ -186,7 +185,7 @@ def test_new_weights_do_not_depend_on_how_a_model_is_spread(deep_folder, tmp_pat
             return tied["embed_tokens"].weight.detach() if tied else None
 
         copies = [weight for weight in spread(rank_main, parallel, folder) if weight is not None]
-        assert all(map(torch.equal, copies[: parallel.tensor], copies[-parallel.tensor :]))  # first and last stage
+        assert all(map(torch.equal, copies[: parallel.tp_size], copies[-parallel.tp_size :]))  # first and last stage
         return GLMForBlankInfilling.from_pretrained(folder / "model").state_dict()
 
     expected, *others = [made(parallel, tmp_path / str(number)) for number, parallel in enumerate(degrees)]
@@ -214,7 +213,7 @@ def test_a_process_reads_its_own_share_and_a_tensor_more(tmp_path):
         del content
     weight_map = {name: f"model-{number}.safetensors" for number, names in enumerate(files) for name in names}
     (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    parallel = Parallel(pipeline=4)
+    parallel = ParallelDegrees(pp_size=4)
 
     def rank_main():
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
@@ -241,7 +240,7 @@ def memory(kind: str) -> int:
 
 
 def alone(function, folder: Path):
-    [result] = spread(function, Parallel(), folder)
+    [result] = spread(function, ParallelDegrees(), folder)
     return result
 
 
@@ -263,7 +262,7 @@ def test_a_folder_of_another_model_is_refused(deep_folder, tmp_path, change, mes
 
     def rank_main():
         with pytest.raises(ValueError, match=message):
-            filled(tmp_path / "model", Parallel())
+            filled(tmp_path / "model", ParallelDegrees())
 
     alone(rank_main, tmp_path / "ranks")
 
@@ -275,6 +274,6 @@ def test_a_damaged_file_is_refused(deep_folder, tmp_path):
 
     def rank_main():
         with pytest.raises(ValueError, match="model.safetensors is damaged"):
-            filled(tmp_path / "model", Parallel())
+            filled(tmp_path / "model", ParallelDegrees())
 
     alone(rank_main, tmp_path / "ranks")

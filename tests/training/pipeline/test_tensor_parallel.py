@@ -9,7 +9,7 @@ from torch import nn
 from glm_hf import GLMConfig
 from glm_hf.modeling_glm import GLMLayer
 from glm_hf.sharding.rules import shard_rule
-from glm_hf.training.pipeline.tensor_parallel import TensorGroup, VocabParallelEmbedding, cut_layer, mark_cut
+from glm_hf.training.pipeline.tensor_parallel import TensorGroup, VocabParallelEmbedding, mark_sharded, shard_layer
 
 SPECIAL = {"pad_token_id": 0, "eos_token_id": 1, "mask_token_id": 2, "gmask_token_id": 3, "smask_token_id": 4}
 CONFIG = GLMConfig(
@@ -45,14 +45,14 @@ def test_a_cut_layer_computes_what_the_whole_one_does(tmp_path, size):
     def of_rank(ranks):
         with torch.device("meta"):
             layer = GLMLayer(CONFIG, 1).double()
-        layer = cut_layer(layer, ranks).to_empty(device="cpu")
+        layer = shard_layer(layer, ranks).to_empty(device="cpu")
         with torch.no_grad():
             for name, parameter in layer.named_parameters():
                 parameter.copy_(shard_rule(name).split(whole.get_parameter(name), size)[ranks.rank])
         mine = inputs.detach().clone().requires_grad_()
         found = layer(mine, position_embeddings=positions)
         (found * weight).sum().backward()
-        mark_cut(layer, "", ranks)
+        mark_sharded(layer, "", ranks)
         cut = {name: parameter.tensor_model_parallel for name, parameter in layer.named_parameters()}
         gradients = {name: parameter.grad for name, parameter in layer.named_parameters()}
         return found.detach(), mine.grad, gradients, cut

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from glm_hf import GLMConfig
-from glm_hf.training.throughput import flops_per_token, peak_tflops
+from glm_hf.training.measurements import flops_per_token, peak_tflops
 
 
 def test_the_run_of_the_paper_has_its_utilization():

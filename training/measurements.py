@@ -1,10 +1,11 @@
-"""Losses by objective, and the loss of every row of the step at hand.
+"""What a run reports: losses by objective and of every row of a step, operations and the peak of a device.
 
 Shapes: `B` rows, `L` length, `K` kinds of rows: `OBJECTIVES`, and one for rows whose objective is not known.
 """
 
 import torch
 
+from glm_hf.configuration_glm import GLMConfig
 from glm_hf.training.data.blanks import IGNORED
 from glm_hf.training.data.recipe import OBJECTIVES
 from glm_hf.training.pipeline.micro_batches import NO_SAMPLE
@@ -104,3 +105,27 @@ def row_losses(losses: torch.Tensor, labels: torch.Tensor, objectives: torch.Ten
     sums.index_add_(0, row, losses.detach().double())
     kinds = torch.full_like(counts, NOT_KNOWN) if objectives is None else objectives
     return torch.stack((sums, counts.double(), kinds.double()), dim=1)
+
+
+# Dense matrix products in 16 bits with sums in 32, 10^12 operations per second, from the vendor's data sheets.
+PEAK_TFLOPS = {"V100": 125, "A100": 312, "H100": 989, "H200": 989, "RTX 3090": 71, "RTX 4090": 165, "2080 Ti": 54}
+
+
+def flops_per_token(config: GLMConfig, num_parameters: int, row_length: int) -> float:
+    """
+    Return the operations of forward and backward pass per token: 6 per parameter, and those of full attention.
+
+    Args:
+        config: Sizes.
+        num_parameters: Of the model, a tied matrix counted once.
+        row_length: Tokens that attend to each other.
+    """
+    return 6 * num_parameters + 12 * config.num_hidden_layers * config.hidden_size * row_length
+
+
+def peak_tflops(device: torch.device) -> float | None:
+    """Return the known peak of a device in 16 bits, None for others."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((float(peak) for part, peak in PEAK_TFLOPS.items() if part in name), None)
