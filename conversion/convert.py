@@ -17,11 +17,11 @@ from transformers import PreTrainedTokenizerBase
 from glm_hf.configuration_glm import GLMConfig
 from glm_hf.conversion.checkpoint_config import checkpoint_config, stored_quantization
 from glm_hf.conversion.formats.model_tensors import model_tensors
-from glm_hf.conversion.formats.safetensors_writer import ShardFile, plan_shards, write_index
+from glm_hf.conversion.formats.safetensors_writer import ShardFile, plan_shards
 from glm_hf.conversion.formats.sat_checkpoint import SatCheckpoint
 from glm_hf.conversion.streaming.segments import write_in_segments
 from glm_hf.folders.atomic import free_space
-from glm_hf.modeling_glm import GLMForBlankInfilling
+from glm_hf.folders.model_folder import require_matching_tokenizer, write_index, write_model_files
 from glm_hf.quantization.configuration import GLMQuantizationConfig
 from glm_hf.quantization.functional import quantize_weight
 from glm_hf.tokenization_glm import GLMTokenizer
@@ -73,17 +73,14 @@ class ConversionPlan:
 
     def write_small_files(self, folder: Path) -> None:
         """Write what belongs to the model besides its weights: index, configuration, tokenizer."""
-        write_index(folder, self.shards)
-        if self.tokenizer is not None:
-            tokenizer = copy.copy(self.tokenizer)  # the caller's keeps its own window
+        tokenizer = copy.copy(self.tokenizer)  # the caller's keeps its own window
+        if tokenizer is not None:
             tokenizer.model_max_length = self.config.max_position_embeddings
-            tokenizer.save_pretrained(folder)
-        with torch.device("meta"):
-            GLMForBlankInfilling(self.config).generation_config.save_pretrained(folder)
         config = GLMConfig.from_dict(self.config.to_dict())
         if self.quantization is not None:
             config.quantization_config = self.quantization.to_dict()
-        config.save_pretrained(folder)
+        write_index(folder, {shard.label: shard.tensors for shard in self.shards})
+        write_model_files(folder, config, tokenizer=tokenizer)
 
 
 def convert_sat_checkpoint(
@@ -101,7 +98,7 @@ def convert_sat_checkpoint(
     Convert a SAT checkpoint of any tensor-parallel size to a folder that `from_pretrained` loads.
 
     Memory holds a few blocks of rows, not a tensor. The bytes written do not depend on the tensor-parallel size of a
-    checkpoint that is not quantized. Interrupted at any moment, the same call goes on where it was.
+    checkpoint that is not quantized. Interrupted at any moment, the same call resumes.
 
     Args:
         src: Folder with `latest` and an iteration folder of `mp_rank_RR_model_states.pt`, or that iteration folder.
@@ -113,7 +110,7 @@ def convert_sat_checkpoint(
         max_shard_size: Largest shard in bytes, or a string such as `"5GB"`.
         quantization: `"int8"` or `"int4"` to quantize the linears of the layers by the released rule, one scale per
             row. A checkpoint that is quantized already stays as it is.
-        resume: Whether to go on with an interrupted conversion to `dst`, rather than to throw away what it has left.
+        resume: Whether to resume an interrupted conversion rather than to discard what it has written.
 
     Raises:
         FileNotFoundError: If a file of the checkpoint, the config or the tokenizer is missing.
@@ -161,7 +158,7 @@ def plan_conversion(
         tensors = model_tensors(model_config, model_config.dtype, stored_as)
     loaded = None if tokenizer is None else _load_tokenizer(tokenizer)
     if loaded is not None:
-        _check_tokenizer(loaded, model_config)
+        require_matching_tokenizer(loaded, model_config)
     units = made_together(tensors) if checkpoint.bits is None else {name: {name: tensors[name]} for name in tensors}
     return ConversionPlan(checkpoint, model_config, loaded, plan_shards(units, max_shard_size), stored_as)
 
@@ -250,19 +247,3 @@ def _load_tokenizer(tokenizer: PreTrainedTokenizerBase | str | Path) -> PreTrain
     if Path(tokenizer).is_dir():
         return GLMTokenizer.from_pretrained(tokenizer)
     return GLMTokenizer.from_sentencepiece(tokenizer)
-
-
-def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: GLMConfig) -> None:
-    """Raise ValueError unless the vocabulary has a row for every token and both agree on the special ids."""
-    if len(tokenizer) > config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens, but the checkpoint's vocabulary {config.vocab_size} rows; "
-            "pass the tokenizer that the model was trained with"
-        )
-    for name, token_id in config.to_dict().items():
-        known_id = getattr(tokenizer, name, None) if name.endswith("_token_id") else None
-        if known_id not in (None, token_id):
-            raise ValueError(
-                f"the tokenizer has {name} = {known_id}, but the config has {token_id}; "
-                "pass config= with the tokenizer's special ids, or another tokenizer"
-            )

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from glm_hf.configuration_glm import GLMConfig
 from glm_hf.conversion.checkpoint_config import require_model
-from glm_hf.conversion.formats.model_folder import ModelFolder
 from glm_hf.conversion.formats.names import rotary_buffer_name, to_sat_name
 from glm_hf.conversion.formats.rank_writer import RankSegment, plan_segments
+from glm_hf.conversion.formats.safetensors_reader import ModelFolder
 from glm_hf.conversion.formats.sat_checkpoint import SatCheckpoint
 from glm_hf.conversion.formats.torch_zip import TorchZip
 from glm_hf.conversion.streaming.segments import write_in_segments
@@ -23,13 +23,13 @@ def export_sat_checkpoint(src: str | Path, dst: str | Path, *, tp_size: int, res
     """
     Write the weights of a model folder as a SAT checkpoint, which the original code loads.
 
-    Weights keep their dtype; quantized ones their codes and scales. Interrupted, the same call goes on where it was.
+    Weights keep their dtype; quantized ones their codes and scales. Interrupted, the same call resumes.
 
     Args:
         src: Folder of `GLMForBlankInfilling`, as the converter and `save_pretrained` write it.
         dst: Folder to create, with `latest` and `release/mp_rank_RR_model_states.pt`; may exist if it is empty.
         tp_size: Number of tensor-parallel ranks; must divide the heads.
-        resume: Whether to go on with an interrupted export to `dst`, rather than to throw away what it has left.
+        resume: Whether to resume an interrupted export rather than to discard what it has written.
 
     Raises:
         FileNotFoundError: If `src` lacks a file.
@@ -50,14 +50,14 @@ def reshard_sat_checkpoint(src: str | Path, dst: str | Path, *, tp_size: int, re
     Weights keep every bit. Rotary frequencies, which the original code never loads, are computed anew; of what else a
     rank file may hold, only its iteration is kept.
 
-    Interrupted, the same call goes on where it was.
+    Interrupted, the same call resumes.
 
     Args:
         src: Folder with `latest` and an iteration folder of `mp_rank_RR_model_states.pt`, or that iteration folder.
         dst: Folder to create, with `latest` and an iteration folder of the same name; may exist if it is empty.
         tp_size: Number of tensor-parallel ranks to write; must divide the heads. Of a quantized checkpoint, a
             multiple of its own number, since every rank has scales for its own columns.
-        resume: Whether to go on with an interrupted run for `dst`, rather than to throw away what it has left.
+        resume: Whether to resume an interrupted run rather than to discard what it has written.
 
     Raises:
         FileNotFoundError: If a file of `src` is missing.

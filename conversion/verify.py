@@ -12,8 +12,8 @@ from torch import Tensor
 
 from glm_hf.conversion.checkpoint_config import require_model
 from glm_hf.conversion.convert import converted
-from glm_hf.conversion.formats.model_folder import ModelFolder
 from glm_hf.conversion.formats.rank_file import RankFile, read_rank_file
+from glm_hf.conversion.formats.safetensors_reader import ModelFolder
 from glm_hf.conversion.formats.sat_checkpoint import SatCheckpoint, find_rank_files
 from glm_hf.conversion.streaming.blocks import progress_bar, read_ahead
 from glm_hf.conversion.streaming.stored_tensor import check_member

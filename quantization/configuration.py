@@ -70,9 +70,11 @@ class GLMQuantizationConfig(QuantizationConfigMixin):
 
     def quantizes(self, linear: str) -> bool:
         """Tell whether a linear of a layer is quantized, by its name in the model."""
+        if not self.modules_to_not_convert:
+            return True
         from transformers.quantizers.quantizers_utils import should_convert_module  # with all of its quantizers
 
-        return should_convert_module(linear, self.modules_to_not_convert or [])
+        return should_convert_module(linear, self.modules_to_not_convert)
 
     def num_groups(self, linear: str, in_features: int) -> int:
         """Return the scales per row of a linear; ValueError if `group_size` does not divide its input features."""

@@ -31,6 +31,8 @@ MOST_LINES = 400
 LONGEST = {"modeling_glm.py": 600}
 # Files of what cannot be defined without an optional package; they are imported where they are used.
 DEFERRED = {"glm_hf.quantization.kernels_triton", "glm_hf.training.pipeline.model"}
+# What the package's own __init__ has for all rooms.
+OF_THE_PACKAGE = {"glm_hf.__version__", "glm_hf.lazy_names"}
 OPTIONAL = {"triton", "deepspeed", "peft", "lm_eval", "datasets", "sentencepiece", "matplotlib", "trl"}
 
 
@@ -62,11 +64,12 @@ def level_of(module: str) -> int:
     return next(level for level, rooms in enumerate(ORDER) if room_of(module) in rooms)
 
 
-def statements_of(tree: ast.Module, top_level_only: bool) -> Iterator[ast.AST]:
-    """Yield the statements of a file, without those for type checkers alone."""
-    for node in ast.iter_child_nodes(tree) if top_level_only else ast.walk(tree):
-        if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
-            yield node
+def statements_of(node: ast.AST, top_level_only: bool) -> Iterator[ast.AST]:
+    """Yield the nodes of a file, without those for type checkers alone."""
+    for child in ast.iter_child_nodes(node):
+        if not (isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"):
+            yield child
+            yield from () if top_level_only else statements_of(child, top_level_only)
 
 
 def imports_of(module: str, top_level_only: bool = False) -> set[str]:

@@ -3,8 +3,9 @@
 The names below are imported when they are asked for, since plans need only some of the files.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from glm_hf import lazy_names
 
 if TYPE_CHECKING:
     from glm_hf.training.arguments import GLMTrainingArguments
@@ -20,37 +21,25 @@ if TYPE_CHECKING:
     from glm_hf.training.trainer_3d import GLM3DTrainer
 
 MODULES = {
-    "BlankInfillingDataset": "data.dataset",
-    "CorpusSource": "data.corpora",
-    "DataCollatorForBlankInfilling": "data.collator",
-    "DivergenceError": "divergence",
-    "GLM3DTrainer": "trainer_3d",
-    "GLMTrainer": "trainer",
-    "GLMTrainingArguments": "arguments",
-    "InfillingRecipe": "data.recipe",
-    "load_corpus": "data.corpora",
-    "mean_token_loss": "token_loss",
-    "sentence_ends": "data.collator",
-    "shrink_embedding_gradient": "gradient_shrink",
-    "to_conversation": "data.conversations",
-    "token_losses": "token_loss",
+    "BlankInfillingDataset": "glm_hf.training.data.dataset",
+    "CorpusSource": "glm_hf.training.data.corpora",
+    "DataCollatorForBlankInfilling": "glm_hf.training.data.collator",
+    "DivergenceError": "glm_hf.training.divergence",
+    "GLM3DTrainer": "glm_hf.training.trainer_3d",
+    "GLMTrainer": "glm_hf.training.trainer",
+    "GLMTrainingArguments": "glm_hf.training.arguments",
+    "InfillingRecipe": "glm_hf.training.data.recipe",
+    "load_corpus": "glm_hf.training.data.corpora",
+    "mean_token_loss": "glm_hf.training.token_loss",
+    "sentence_ends": "glm_hf.training.data.collator",
+    "shrink_embedding_gradient": "glm_hf.training.gradient_shrink",
+    "to_conversation": "glm_hf.training.data.conversations",
+    "token_losses": "glm_hf.training.token_loss",
 }
 """Where the public names are defined."""
 
 
-def __getattr__(name: str) -> Any:
-    """Import a public name, and keep it."""
-    if name not in MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{MODULES[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    """Return the names of the module, those included that are not imported yet."""
-    return sorted({*globals(), *MODULES})
-
+__getattr__, __dir__ = lazy_names(globals(), MODULES)
 
 __all__ = [
     "BlankInfillingDataset",

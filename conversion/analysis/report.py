@@ -10,52 +10,20 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import TypedDict
 
 from torch import Tensor
 from tqdm import tqdm
 
-from glm_hf.conversion.analysis.tensor import HISTOGRAM_EDGES, UNITS, Scheme, Statistics, fits, measure
-from glm_hf.conversion.formats.model_folder import ModelFolder
+from glm_hf.conversion.analysis.plots import plot_analysis
+from glm_hf.conversion.analysis.results import Analysis, KindAnalysis, TensorAnalysis
+from glm_hf.conversion.analysis.tensor import HISTOGRAM_EDGES, UNITS, Scheme, fits, measure
 from glm_hf.conversion.formats.model_tensors import EMBEDDINGS, LINEARS
+from glm_hf.conversion.formats.safetensors_reader import ModelFolder
 from glm_hf.conversion.streaming.blocks import progress_bar, read_ahead
-from glm_hf.folders.atomic import new_folder, require_vacant
+from glm_hf.folders.atomic import AtomicFolder, require_vacant
 
 SCHEMA_VERSION = 1
 logger = logging.getLogger(__name__)
-
-
-class TensorAnalysis(Statistics):
-    """One weight matrix; `layer` is None for embeddings."""
-
-    name: str
-    layer: int | None
-    kind: str
-    shape: list[int]
-    dtype: str
-
-
-class KindAnalysis(TypedDict):
-    """Means over the tensors of one kind; None where a number is defined for none of them."""
-
-    num_tensors: int
-    num_weights: int
-    std: float
-    kurtosis: float | None
-    share_beyond_6_std: float
-    relative_rms_error: dict[str, float | None]
-
-
-class Analysis(TypedDict):
-    """What analysis.json holds, in `units`."""
-
-    version: int
-    model: str
-    units: dict[str, str]
-    schemes: dict[str, Scheme]
-    histogram_edges: list[float]
-    kinds: dict[str, KindAnalysis]
-    tensors: list[TensorAnalysis]
 
 
 def write_analysis(src: str | Path, dst: str | Path, *, group_sizes: Sequence[int] = (128,)) -> Analysis:
@@ -65,7 +33,7 @@ def write_analysis(src: str | Path, dst: str | Path, *, group_sizes: Sequence[in
     Args:
         src: Folder of the model.
         dst: Folder to create; may exist if it is empty.
-        group_sizes: As for `analyze_weights`.
+        group_sizes: Group sizes of the INT4 schemes, as `analyze_weights` takes them.
 
     Raises:
         FileExistsError: If `dst` holds something already.
@@ -76,13 +44,11 @@ def write_analysis(src: str | Path, dst: str | Path, *, group_sizes: Sequence[in
     source = _open(src)
     schemes = _schemes(group_sizes, source)
     has_plots = _has_matplotlib()
-    with new_folder(dst) as folder:
+    with AtomicFolder(dst).writing() as folder:
         analysis = _analyze(source, str(src), schemes)
         text = json.dumps(analysis, indent=2, allow_nan=False) + "\n"
         (folder / "analysis.json").write_text(text, encoding="utf-8")
         if has_plots:
-            from glm_hf.conversion.analysis.plots import plot_analysis
-
             plot_analysis(analysis, folder)
     return analysis
 

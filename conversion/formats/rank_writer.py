@@ -1,4 +1,4 @@
-"""Write SAT rank files: all ranks at once, in segments after which an interrupted run can go on."""
+"""Write SAT rank files: all ranks at once, in segments after which an interrupted run can be resumed."""
 
 import zlib
 from collections.abc import Callable, Iterator, Mapping

@@ -86,22 +86,6 @@ def plan_shards(units: Mapping[str, dict[str, Tensor]], max_shard_size: int | st
     ]
 
 
-def write_index(folder: Path, shards: list[ShardFile]) -> None:
-    """Write `model.safetensors.index.json` unless the single file of `shards` needs none."""
-    if len(shards) == 1:
-        return
-    tensors = [tensor for shard in shards for tensor in shard.tensors.values()]
-    index = {
-        "metadata": {
-            "total_parameters": sum(tensor.numel() for tensor in tensors),
-            "total_size": sum(tensor.nbytes for tensor in tensors),
-        },
-        "weight_map": {name: shard.label for shard in shards for name in shard.tensors},
-    }
-    text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-    (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
-
-
 def _header(tensors: Mapping[str, Tensor]) -> bytes:
     """Return length and header of a shard that holds `tensors`."""
     entries: dict[str, dict] = {"__metadata__": {"format": "pt"}}

@@ -4,6 +4,8 @@ Stored layout, a zip file as `torch.save` writes it: members `ROOT/data.pkl` (th
 `ROOT/byteorder`, `ROOT/version` and `ROOT/data/KEY` (one tensor each), not compressed; every member behind a local
 header with its CRC-32 and at a multiple of 64 bytes; then the directory of all members. ROOT is the file's name
 without `.pt`. All sizes are in 64-bit fields, as files and tensors can be larger than 4 GB.
+
+`torch.serialization.skip_data` reserves such members, too, but with checksums of 0, by which nobody could tell damage.
 """
 
 import io

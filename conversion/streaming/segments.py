@@ -1,11 +1,8 @@
-"""Write a folder in segments over hours: an interrupted run goes on where it was, and the folder appears as a whole.
+"""Write a folder in segments over hours: an interrupted run is resumed, and the folder appears as a whole.
 
-Beside the destination `NAME` lies a hidden folder `.NAME.partial` until the end:
-    manifest.json   what is being written: version, hash of the plan, size and hash of every source, finished segments
-    folder/         the destination as far as it is written
-    lock            held by the process that writes
-A segment counts once its files are on the disk and the manifest says so. At the end `folder` is renamed to the
-destination.
+The folder is an `AtomicFolder`, whose hidden folder holds a manifest besides, `manifest.json`: version, hash of the
+plan, size and hash of every source, and the finished segments. A segment counts once its files are on the disk and the
+manifest says so.
 """
 
 import hashlib
@@ -13,21 +10,20 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, Protocol
 
-from filelock import FileLock, Timeout
 from torch import Tensor
 
 from glm_hf import __version__
 from glm_hf.conversion.streaming.blocks import progress_bar, read_ahead
-from glm_hf.folders.atomic import require_space, require_vacant, sync, sync_tree
+from glm_hf.folders.atomic import AtomicFolder, require_space, require_vacant, sync, sync_tree
 from glm_hf.folders.model_folder import read_json
 
-RESTART = "start again with resume=False (--no-resume), which throws away what is there"
+RESTART = "start again with resume=False (--no-resume), which discards what is there"
 
 logger = logging.getLogger(__name__)
 
@@ -37,10 +33,10 @@ class Segment(Protocol):
     A part of a folder that is written in one go.
 
     Attributes:
-        label: Its name in the manifest.
-        layout: Name, shape and dtype of every tensor in it, as JSON.
-        num_bytes: Bytes that it adds.
-        end: Size of its files, by name, when it is finished.
+        label: Name of the segment in the manifest.
+        layout: Name, shape and dtype of every tensor of the segment, as JSON.
+        num_bytes: Bytes that the segment adds to the folder.
+        end: Size of the files of the segment, by name, when it is finished.
     """
 
     label: str
@@ -62,7 +58,7 @@ def write_in_segments(
     resume: bool = True,
 ) -> None:
     """
-    Write all `segments` to the folder `dst`, going on with an interrupted run.
+    Write all `segments` to the folder `dst`, resuming an interrupted run.
 
     On an error, finished segments stay for the next run. Without any, or if the sources are at fault (ValueError), so
     that they must change before there can be another, nothing stays.
@@ -73,64 +69,61 @@ def write_in_segments(
         blocks_of: Yields all tensors of a segment in order, as (name, block of rows).
         finish: Writes the small files into the folder when all segments are there.
         sources: Size and hash of every source file by its name, as JSON; they must not change between runs.
-        resume: Whether to go on with an interrupted run rather than to throw away what it has left.
+        resume: Whether to resume an interrupted run rather than to discard what it has written.
 
     Raises:
         FileExistsError: If `dst` holds something, or its hidden folder is not of an interrupted run.
         ValueError: If an interrupted run had other segments or sources.
         OSError: If the disk has too little space, or another process is writing to `dst`.
     """
-    home = _home(dst)
+    target = _target(dst)
     plan = hashlib.sha256(json.dumps([(s.label, s.layout) for s in segments]).encode()).hexdigest()
     wanted: dict[str, Any] = {"version": __version__, "plan": plan, "sources": sources, "finished": []}
     whole = wanted | {"finished": [segment.label for segment in segments]} if resume else None
-    if not _is_finished(home, dst, whole):
+    if not _is_finished(target, whole):
         num_bytes = sum(segment.num_bytes for segment in segments)
         require_space(dst, num_bytes - bytes_of_interrupted_run(dst))
-    home.mkdir(parents=True, exist_ok=True)
-    with _locked(home / "lock", dst):
-        if not _is_finished(home, dst, whole):  # another run may have come to its end meanwhile
-            manifest = (_interrupted_run(home, wanted, segments) if resume else None) or wanted
-            _run(home, dst, manifest, segments, blocks_of, finish)
-        _remove(home)
+    with target.locked():
+        if not _is_finished(target, whole):  # another run may have come to its end meanwhile
+            manifest = (_interrupted_run(target, wanted, segments) if resume else None) or wanted
+            _run(target, manifest, segments, blocks_of, finish)
+        target.remove()
 
 
 def bytes_of_interrupted_run(dst: Path) -> int:
-    """Return how many bytes an interrupted run has written for `dst`, which the next one keeps or throws away."""
-    return sum(path.stat().st_size for path in (_home(dst) / "folder").rglob("*") if path.is_file())
+    """Return how many bytes an interrupted run has written for `dst`, which the next one keeps or discards."""
+    return sum(path.stat().st_size for path in _target(dst).work.rglob("*") if path.is_file())
 
 
-def _home(dst: Path) -> Path:
-    return dst.with_name(f".{dst.name}.partial")
+def _target(dst: Path) -> AtomicFolder:
+    return AtomicFolder(dst, owns=frozenset({"manifest.json", "manifest.new"}))
 
 
-def _is_finished(home: Path, dst: Path, whole: dict[str, Any] | None) -> bool:
+def _is_finished(target: AtomicFolder, whole: dict[str, Any] | None) -> bool:
     """
-    Tell whether an earlier run got as far as to rename the folder to `dst`, but not to remove `home`.
+    Tell whether an earlier run got as far as to rename the folder, but not to remove the hidden one.
 
     Raises:
-        FileExistsError: If it did not, and `dst` holds something or `home` is not of such a run.
+        FileExistsError: If it did not, and the destination holds something or the hidden folder is not of such a run.
     """
-    found = {path.name for path in home.iterdir()} if home.is_dir() else set()
-    manifest = _manifest(home)
-    if found - {"manifest.json", "manifest.new", "lock", "folder"} or (manifest is None and "folder" in found):
-        raise FileExistsError(f"{home} is not of an interrupted conversion; remove it or choose another destination")
-    if whole is not None and manifest == whole and "folder" not in found and dst.is_dir() and any(dst.iterdir()):
+    target.require_own()
+    manifest, dst = _manifest(target.home), target.dst
+    has_ended = whole is not None and manifest == whole and not target.work.exists()
+    if has_ended and dst.is_dir() and any(dst.iterdir()):
         return True
     require_vacant(dst)
     return False
 
 
 def _run(
-    home: Path,
-    dst: Path,
+    target: AtomicFolder,
     manifest: dict[str, Any],
     segments: Sequence[Segment],
     blocks_of: Callable[[Any], Iterator[tuple[str, Tensor]]],
     finish: Callable[[Path], None],
 ) -> None:
     """Write the segments that are not finished, and rename the folder."""
-    work, done = home / "folder", manifest["finished"]
+    home, work, done = target.home, target.work, manifest["finished"]
     num_bytes = [segment.num_bytes for segment in segments]
     try:
         if not done:
@@ -152,21 +145,22 @@ def _run(
                 _save(home, manifest)
         _remove_others(work, {name for segment in segments for name in segment.end})
         finish(work)
-        sync_tree(work)
-        work.rename(dst)
-        sync(dst.parent)
+        target.publish()
     except BaseException as error:
         if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(dst)  # a full disk does not tell which
+            error.filename = str(target.dst)  # a full disk does not tell which
         if done and not isinstance(error, ValueError):
-            error.add_note(f"{len(done)} of {len(segments)} parts are finished; run the same command to go on")
+            error.add_note(f"{len(done)} of {len(segments)} parts are finished; run the same command to resume")
         else:
-            _remove(home)
+            target.remove()
         raise
 
 
-def _interrupted_run(home: Path, wanted: dict[str, Any], segments: Sequence[Segment]) -> dict[str, Any] | None:
-    """Return the manifest of an interrupted run to go on with, None without one; ValueError if it cannot go on."""
+def _interrupted_run(
+    target: AtomicFolder, wanted: dict[str, Any], segments: Sequence[Segment]
+) -> dict[str, Any] | None:
+    """Return the manifest of an interrupted run to resume, None without one; ValueError if it cannot be resumed."""
+    home = target.home
     manifest = _manifest(home)
     if manifest is None or not manifest["finished"]:
         return None
@@ -183,7 +177,7 @@ def _interrupted_run(home: Path, wanted: dict[str, Any], segments: Sequence[Segm
     num_done = len(manifest["finished"])
     growing = {name for segment in segments[num_done:] for name in segment.end}
     for name, size in {name: size for segment in segments[:num_done] for name, size in segment.end.items()}.items():
-        path = home / "folder" / name
+        path = target.work / name
         actual = path.stat().st_size if path.is_file() else -1
         if actual < size or (actual > size and name not in growing):
             raise ValueError(f"{path} should have {size:,} bytes from the interrupted run, but has not; {RESTART}")
@@ -214,32 +208,8 @@ def _save(home: Path, manifest: dict[str, Any]) -> None:
     sync(home)
 
 
-def _remove(home: Path) -> None:
-    """Remove a hidden folder so that at any moment it can be told what it is: the manifest goes last."""
-    shutil.rmtree(home / "folder", ignore_errors=True)
-    for name in ("manifest.new", "manifest.json"):
-        (home / name).unlink(missing_ok=True)
-    shutil.rmtree(home, ignore_errors=True)
-
-
 def _remove_others(work: Path, names: set[str]) -> None:
     """Remove what an interrupted run has left of the small files, which may have been meant to differ."""
     for path in work.rglob("*"):
         if path.is_file() and path.relative_to(work).as_posix() not in names:
             path.unlink()
-
-
-@contextmanager
-def _locked(path: Path, dst: Path) -> Iterator[None]:
-    """Hold a lock that other processes see and that goes when this process ends, however it ends."""
-    lock = FileLock(path)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout as error:
-        raise OSError(f"another process is writing to {dst}; wait for it or choose another destination") from error
-    except NotImplementedError:
-        logger.warning("%s cannot be locked on this file system; do not start a second run for it", dst)
-    try:
-        yield
-    finally:
-        lock.release()

@@ -5,6 +5,7 @@ a subcommand needs it, so that help and plans need no model.
 """
 
 import sys
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,28 +30,36 @@ MODULES = {
     "GLMModel": "glm_hf.modeling_glm",
     "GLMQuantizationConfig": "glm_hf.quantization.configuration",
     "GLMTokenizer": "glm_hf.tokenization_glm",
+    "conversion": "glm_hf.conversion",
+    "quantization": "glm_hf.quantization",
+    "training": "glm_hf.training",
 }
 """Where the public names are defined."""
 
-ROOMS = ("conversion", "quantization", "training")
-"""Public modules, importable as attributes of the package."""
+
+def lazy_names(
+    namespace: dict[str, Any], modules: Mapping[str, str]
+) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """
+    Return `__getattr__` and `__dir__` of a module whose names are imported when they are asked for (PEP 562).
+
+    Args:
+        namespace: Namespace of the module, which keeps what has been imported.
+        modules: Module of every name; a name that is the last part of its own module is that module.
+    """
+
+    def import_name(name: str) -> Any:
+        if name not in modules:
+            raise AttributeError(f"module {namespace['__name__']!r} has no attribute {name!r}")
+        module = import_module(modules[name])
+        value = module if modules[name].endswith(f".{name}") else getattr(module, name)
+        namespace[name] = value
+        return value
+
+    return import_name, lambda: sorted({*namespace, *modules})
 
 
-def __getattr__(name: str) -> Any:
-    """Import a public name or module, and keep it."""
-    if name in MODULES:
-        value = getattr(import_module(MODULES[name]), name)
-    elif name in ROOMS:
-        value = import_module(f"glm_hf.{name}")
-    else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    """Return the names of the package, those included that are not imported yet."""
-    return sorted({*globals(), *MODULES, *ROOMS})
+__getattr__, __dir__ = lazy_names(globals(), MODULES)
 
 
 def register() -> None:

@@ -364,12 +364,12 @@ def make_tokenizer(num_tokens: int, mask: str) -> PreTrainedTokenizerFast:
 
 
 def test_tokenizer_with_more_tokens_than_rows(refuse):
-    message = r"the tokenizer has 161 tokens, but the checkpoint's vocabulary 160 rows"
+    message = r"the tokenizer has 161 tokens, but the model's vocabulary has 160 rows"
     refuse(DATA / "cfg1/sat_tp1", message, tokenizer=make_tokenizer(161, "word144"))
 
 
 def test_tokenizer_with_other_special_ids(refuse):
-    message = r"the tokenizer has mask_token_id = 143, but the config has 144; pass config="
+    message = r"the tokenizer has mask_token_id = 143, but the config has 144; use the tokenizer that belongs"
     refuse(DATA / "cfg1/sat_tp1", message, tokenizer=make_tokenizer(160, "word143"))
 
 
@@ -424,7 +424,7 @@ def test_mount_point_in_place_of_the_folder(golden_special_ids):
 def test_hidden_folder_of_something_else(refuse, tmp_path):
     (tmp_path / ".hf.partial").mkdir()
     (tmp_path / ".hf.partial" / "config.json").write_text("{}")
-    message = r"\.hf\.partial is not of an interrupted conversion; remove it or choose another destination"
+    message = r"\.hf\.partial is not of an interrupted run; remove it or choose another destination"
     refuse(DATA / "cfg1/sat_tp1", message, FileExistsError)
 
 

@@ -119,8 +119,9 @@ def test_weights_are_quantized_in_the_dtype_that_the_config_tells(dtype, plain, 
 
 
 def test_small_files_travel_along_and_weights_of_other_kinds_do_not(plain, tmp_path):
-    texts = {"tokenizer.json": "{}", "tokenizer_config.json": "{1}", "README.md": "of mine", "modeling_x.py": "pass"}
+    texts = {"tokenizer.json": "{}", "tokenizer_config.json": "{1}", "README.md": "of mine", "LICENSE": "mine"}
     others = {"pytorch_model.bin": "weights", "model.gguf": "weights", ".gitattributes": "hidden"}
+    others |= {"modeling_x.py": "pass", "__init__.py": "", "notes.txt": "private"}
     for name, text in (texts | others).items():
         (plain / name).write_text(text)
     (plain / "checkpoint-500").mkdir()
@@ -277,7 +278,7 @@ def test_interrupted_command_goes_on_or_begins_again(plain, tmp_path, capsys, mo
     with monkeypatch.context() as patch:
         patch.setattr("glm_hf.conversion.quantize.write_index", interrupt)
         assert main([*command, "4"]) == 1
-    assert "parts are finished; run the same command to go on" in capsys.readouterr().err
+    assert "parts are finished; run the same command to resume" in capsys.readouterr().err
     assert main([*command, "8"]) == 1
     assert "start again with resume=False (--no-resume)" in capsys.readouterr().err
     assert main([*command, "8", "--no-resume"]) == 0

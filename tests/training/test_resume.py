@@ -16,7 +16,7 @@ from small_runs import Texts, losses, make_trainer
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
-from glm_hf.folders import atomic as new_folder
+from glm_hf.folders import atomic
 from glm_hf.training import checkpoints
 
 STEPS = 6
@@ -133,7 +133,7 @@ def test_a_kill_while_saving_leaves_the_earlier_checkpoints(model_folder, tmp_pa
     """The second checkpoint dies at one of its flushes: of its files, of its folder, of the run's folder."""
     expected, last_weights, _ = undisturbed
     folder, result = tmp_path / "run", tmp_path / "result"
-    sync, calls = checkpoints.sync, []
+    sync, calls = atomic.sync, []
 
     def sync_or_die(path: Path) -> None:
         if (folder / "checkpoint-1").exists():
@@ -143,7 +143,7 @@ def test_a_kill_while_saving_leaves_the_earlier_checkpoints(model_folder, tmp_pa
         sync(path)
 
     def killed():
-        checkpoints.sync = new_folder.sync = sync_or_die
+        atomic.sync = sync_or_die
         return go_on(model_folder, folder)
 
     pid = start(killed, result)

@@ -13,12 +13,12 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from glm_hf.configuration_glm import GLMConfig
+from glm_hf.folders.model_folder import require_matching_tokenizer
 from glm_hf.infilling_glm import prepare_context
 from glm_hf.tokenization_glm import GLMTokenizer
 from glm_hf.training.data.token_file import FACTS_FILE, TokenFile, open_token_file, write_token_file
 
 DOCUMENTS_AT_ONCE = 1000
-SPECIAL_IDS = tuple(f"{name}_token_id" for name in ("eos", "mask", "gmask", "smask", "sop", "eop"))
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
@@ -64,18 +64,18 @@ def load_corpus(
     Open a corpus, tokenizing it unless that was done before.
 
     Args:
-        source: The corpus.
-        tokenizer: Of the model.
-        config: Of the model.
+        source: Corpus to open.
+        tokenizer: Tokenizer of the model.
+        config: Configuration of the model.
         cache: Folder for tokenized corpora, one folder each.
-        row_length: What an instruction has to fit.
+        row_length: Number of tokens that an instruction has to fit.
 
     Raises:
         FileNotFoundError: If there are no such files.
         ValueError: If the corpus is empty, a file is not what its name says, a field is missing, an instruction is too
             long, the corpus was tokenized by another tokenizer, or the tokenizer is not that of the model.
     """
-    require_fitting(tokenizer, config)
+    require_matching_tokenizer(tokenizer, config)
     if (Path(source.path) / FACTS_FILE).is_file():
         corpus = open_token_file(Path(source.path))
         if corpus.facts["tokenizer"] != fingerprint(tokenizer):
@@ -102,21 +102,6 @@ def load_corpus(
                 facts = {"kind": reader.kind, "source": source.path, "tokenizer": fingerprint(tokenizer)}
                 write_token_file(folder, reader.parts(), facts, config.vocab_size)
     return open_token_file(folder)
-
-
-def require_fitting(tokenizer: GLMTokenizer, config: GLMConfig) -> None:
-    """Raise ValueError if the model has no row for every token, or other special ids than the tokenizer."""
-    if len(tokenizer) > config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens, but the vocab_size of the model is {config.vocab_size}; "
-            "use the tokenizer of this model"
-        )
-    for name in SPECIAL_IDS:
-        if getattr(tokenizer, name) != getattr(config, name):
-            raise ValueError(
-                f"the tokenizer has {name} = {getattr(tokenizer, name)}, but the model {getattr(config, name)}; use "
-                "the tokenizer of this model"
-            )
 
 
 def find_files(path: str) -> list[Path]:

@@ -11,15 +11,14 @@ name only when it is complete.
 """
 
 import json
-import os
-import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+
+from glm_hf.folders.atomic import AtomicFolder
 
 FACTS_FILE = "corpus.json"
 FORMAT = 1
@@ -56,34 +55,26 @@ def write_token_file(
     Write a corpus.
 
     Args:
-        folder: Where it appears when it is complete; an existing one is replaced.
+        folder: Destination, which appears when it is complete; an existing corpus is replaced.
         parts: Batches of parts, each a sequence of token ids.
-        facts: Kind, and what the ids were made from.
-        vocab_size: Of the ids; decides how many bytes one takes.
+        facts: Kind of the corpus, and what the ids were made from.
+        vocab_size: Size of the vocabulary, which decides how many bytes an id takes.
 
     Raises:
         OSError: If the disk is full; nothing is left behind then.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
     dtype = np.dtype("<u2" if vocab_size <= SMALL_VOCABULARY else "<i4")
     lengths = []
-    with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as hidden:
-        staged = Path(hidden) / folder.name
-        staged.mkdir()  # unlike its parent, it is readable for whom the umask allows
+    with AtomicFolder(folder.absolute(), replaces=True).writing() as staged:
         with (staged / "tokens.bin").open("wb") as file:
             for batch in parts:
                 lengths.append(np.fromiter(map(len, batch), np.int64, len(batch)))
                 file.write(np.fromiter((i for part in batch for i in part), dtype, int(lengths[-1].sum())).tobytes())
-            file.flush()
-            os.fsync(file.fileno())
         boundaries = np.concatenate(([0], *lengths)).cumsum(dtype=np.int64)
         np.save(staged / "boundaries.npy", boundaries)
         counts = {"format": FORMAT, "dtype": dtype.str, "num_tokens": int(boundaries[-1]), "vocab_size": vocab_size}
         text = json.dumps(facts | counts, indent=2, ensure_ascii=False) + "\n"
         (staged / FACTS_FILE).write_text(text, encoding="utf-8")
-        if folder.exists():
-            shutil.rmtree(folder)
-        staged.rename(folder)
 
 
 def open_token_file(folder: Path) -> TokenFile:

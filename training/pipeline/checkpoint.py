@@ -15,7 +15,6 @@ import collections
 import json
 import multiprocessing
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ import torch
 from torch import distributed as dist
 
 from glm_hf.configuration_glm import GLMConfig
+from glm_hf.folders.atomic import AtomicFolder
 from glm_hf.folders.model_folder import read_json, require_files
 from glm_hf.sharding.degrees import ParallelDegrees
 from glm_hf.sharding.rules import GATED, REPLICATED, ROW, SHARD_RULES, ShardRule
@@ -78,9 +78,9 @@ def load_engine(engine: Any, folder: Path, parallel: ParallelDegrees) -> None:
     Read weights and optimizer from a checkpoint, with the degrees of parallelism it was saved with or others.
 
     Args:
-        engine: To be filled.
-        folder: On a file system that all processes share.
-        parallel: Of this run.
+        engine: Engine whose weights and optimizer are filled.
+        folder: Checkpoint, on a file system that all processes share.
+        parallel: Degrees of parallelism of this run.
 
     Raises:
         ValueError: If a file is damaged, or holds more than tensors and plain types.
@@ -95,7 +95,7 @@ def load_engine(engine: Any, folder: Path, parallel: ParallelDegrees) -> None:
 
 
 def _make_universal(folder: Path, tag: str) -> str:
-    """Let the first process cut a checkpoint by nothing, unless that has been done, and return the result's name."""
+    """Let the first process write a checkpoint unsharded, unless that has been done, and return the result's name."""
     universal = f"{tag}_universal"
     store = dist.PrefixStore(f"glm_hf.{universal}", dist.distributed_c10d._get_default_store())
     if dist.get_rank() == 0:
@@ -107,15 +107,13 @@ def _make_universal(folder: Path, tag: str) -> str:
 
 
 def convert_to_universal(src: Path, dst: Path) -> None:
-    """Cut DeepSpeed's files by nothing, in a process of its own; the folder appears when it is complete."""
-    partial = dst.with_name(f".{dst.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    command = [sys.executable, "-m", "glm_hf.training.pipeline.checkpoint", str(src), str(partial)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        reason = (done.stderr.strip() or "no reason given").splitlines()[-1]
-        raise ValueError(f"{src} cannot be cut for other degrees of parallelism: {reason}")
-    partial.rename(dst)
+    """Write DeepSpeed's files unsharded, in a process of its own; the folder appears when it is complete."""
+    with AtomicFolder(dst.absolute()).writing() as folder:
+        command = [sys.executable, "-m", "glm_hf.training.pipeline.checkpoint", str(src), str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            reason = (done.stderr.strip() or "no reason given").splitlines()[-1]
+            raise ValueError(f"{src} cannot be resharded for other degrees of parallelism: {reason}")
     (dst.parent / "latest_universal").write_text(dst.name)  # which had the other name
 
 

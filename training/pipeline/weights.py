@@ -5,7 +5,6 @@ No process ever holds more than its own share and one tensor besides, or one fil
 Shapes: `n` tensor-parallel ranks.
 """
 
-import json
 import os
 import re
 import shutil
@@ -21,7 +20,7 @@ from torch import distributed as dist
 from torch import nn
 
 from glm_hf.folders.atomic import sync_tree
-from glm_hf.folders.model_folder import INDEX, weight_files
+from glm_hf.folders.model_folder import INDEX, weight_files, write_index, write_model_files
 from glm_hf.modeling_glm import GLMForBlankInfilling, GLMLayer, GLMModel
 from glm_hf.sharding.rules import ShardRule, shard_rule
 from glm_hf.training.pipeline.model import GLMPipeline
@@ -203,15 +202,9 @@ def _write_small_files(pipeline: GLMPipeline, folder: Path, shards: dict[str, li
         model = GLMForBlankInfilling(pipeline.config).to(pipeline.dtype)
     model.config.architectures = [type(model).__name__]
     model.config.dtype = pipeline.dtype
-    model.config.save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)
-    if len(shards) > 1:
-        count = model.num_parameters()
-        index = {
-            "metadata": {"total_parameters": count, "total_size": count * pipeline.dtype.itemsize},
-            "weight_map": {name: file for file, names in shards.items() for name in names},
-        }
-        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    weights = model.state_dict()
+    write_index(folder, {file: {name: weights[name] for name in names} for file, names in shards.items()})
+    write_model_files(folder, model.config)
 
 
 def _replace_model(staged: Path, dst: Path) -> None:

@@ -10,7 +10,7 @@ from types import ModuleType
 
 RENAMED = {
     "glm_hf.conversion.analysis_plots": "glm_hf.conversion.analysis.plots",
-    "glm_hf.conversion.model_folder": "glm_hf.conversion.formats.model_folder",
+    "glm_hf.conversion.model_folder": "glm_hf.conversion.formats.safetensors_reader",
     "glm_hf.conversion.model_tensors": "glm_hf.conversion.formats.model_tensors",
     "glm_hf.conversion.name_map": "glm_hf.conversion.formats.names",
     "glm_hf.conversion.partial_folder": "glm_hf.conversion.streaming.segments",

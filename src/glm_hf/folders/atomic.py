@@ -1,10 +1,127 @@
-"""Folders that appear whole or not at all: written beside their destination, on the disk, renamed at the end."""
+"""Folders that appear whole or not at all, whatever happens to the process that writes them.
 
+Beside the destination `NAME` lies a hidden folder `.NAME.partial` until the end:
+    folder/         what is to become the destination, as far as it is written
+    lock            held by the process that writes, and gone with it
+    replaced.NAME/  an earlier destination, in the moment in which the new one takes its place
+"""
+
+import logging
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+logger = logging.getLogger(__name__)
+
+
+class AtomicFolder:
+    """
+    A folder that gets its name once all of its bytes are on the disk.
+
+    What a killed process has left is removed by the next one, or kept by one that resumes; two processes never write
+    at once.
+
+    Args:
+        dst: Destination, absolute; missing parents are made.
+        replaces: Whether a destination that is there is replaced, at once, rather than refused.
+        home: Hidden folder, on the same file system; a folder given here may hold nothing else.
+        work_name: Name in `home` of the folder that is written.
+        owns: Names of files in `home` that the caller keeps there.
+    """
+
+    def __init__(
+        self,
+        dst: Path,
+        *,
+        replaces: bool = False,
+        home: Path | None = None,
+        work_name: str = "folder",
+        owns: frozenset[str] = frozenset(),
+    ) -> None:
+        self.dst, self.replaces = dst, replaces
+        self.has_own_home = home is None
+        self.home = dst.with_name(f".{dst.name}.partial") if home is None else home
+        self.work = self.home / work_name
+        self.replaced = self.home / f"replaced.{dst.name}"
+        self.known = owns | {"lock", self.work.name, self.replaced.name}
+
+    @contextmanager
+    def writing(self) -> Iterator[Path]:
+        """
+        Yield the hidden folder, which becomes the destination at the end, or is removed on an error.
+
+        Raises:
+            FileExistsError: If the destination holds something and is not to be replaced, or the hidden folder holds
+                what no writer has left there.
+            OSError: If another process is writing to the destination, or the disk is full.
+        """
+        if not self.replaces:
+            require_vacant(self.dst)
+        with self.locked():
+            self.clear()
+            self.work.mkdir()
+            try:
+                yield self.work
+                self.publish()
+            finally:
+                self.remove()
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Make the hidden folder and hold its lock; FileExistsError if the folder is not of a writer."""
+        self.require_own()
+        self.home.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.home / "lock")
+        try:
+            lock.acquire(blocking=False)
+        except Timeout as error:
+            raise OSError(
+                f"another process is writing to {self.dst}; wait for it or choose another destination"
+            ) from error
+        except NotImplementedError:
+            logger.warning("%s cannot be locked on this file system; do not start a second run for it", self.dst)
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def require_own(self) -> None:
+        """Raise FileExistsError if the hidden folder holds what no writer of this destination has left there."""
+        found = {path.name for path in self.home.iterdir()} if self.has_own_home and self.home.is_dir() else set()
+        if found - self.known:
+            raise FileExistsError(f"{self.home} is not of an interrupted run; remove it or choose another destination")
+
+    def clear(self) -> None:
+        """Remove what a killed process has left."""
+        self.give_back()
+        for path in self.home.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+
+    def publish(self) -> None:
+        """Give the written folder its name once all of its bytes are on the disk."""
+        sync_tree(self.work)
+        if self.replaces and self.dst.exists():
+            self.dst.rename(self.replaced)
+        self.work.rename(self.dst)
+        sync(self.dst.parent)
+
+    def give_back(self) -> None:
+        """Give a destination that was about to be replaced its name again."""
+        if self.replaced.exists() and not self.dst.exists():
+            self.replaced.rename(self.dst)
+
+    def remove(self) -> None:
+        """Remove the hidden folder, the files that tell what it is last."""
+        self.give_back()
+        shutil.rmtree(self.work, ignore_errors=True)
+        for name in self.known - {"lock", self.work.name, self.replaced.name}:
+            (self.home / name).unlink(missing_ok=True)
+        shutil.rmtree(self.home, ignore_errors=True)
 
 
 def require_vacant(dst: Path) -> None:
@@ -31,28 +148,6 @@ def require_space(dst: Path, num_bytes: int) -> None:
     free = free_space(dst)
     if free < num_bytes:
         raise OSError(f"{dst.parent} needs {num_bytes:,} free bytes, but has {free:,}; free some space")
-
-
-@contextmanager
-def new_folder(dst: Path) -> Iterator[Path]:
-    """
-    Yield a hidden folder beside `dst` that is renamed to `dst` at the end, or removed on an error.
-
-    Args:
-        dst: Vacant destination; missing parents are made.
-
-    Raises:
-        FileExistsError: If a hidden folder is left from an earlier run that was killed.
-    """
-    folder = dst.with_name(f".{dst.name}.partial")
-    if folder.exists():
-        raise FileExistsError(f"{folder} is left from an interrupted run; remove it and start again")
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-        folder.rename(dst)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def sync_tree(folder: Path) -> None:

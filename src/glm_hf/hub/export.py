@@ -7,7 +7,6 @@ model of its size.
 """
 
 import inspect
-import json
 import logging
 import os
 import shutil
@@ -22,8 +21,8 @@ from tqdm import tqdm
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from glm_hf.configuration_glm import GLMConfig
-from glm_hf.folders.atomic import new_folder, require_vacant
-from glm_hf.folders.model_folder import INDEX, read_json, require_files, weight_files
+from glm_hf.folders.atomic import AtomicFolder, require_vacant
+from glm_hf.folders.model_folder import INDEX, read_json, require_files, weight_files, write_json, write_model_files
 
 AUTO_MAP = {
     "AutoConfig": "configuration_glm.GLMConfig",
@@ -35,7 +34,6 @@ AUTO_MAP = {
 }
 TOKENIZER_AUTO_MAP: dict[str, list[str | None]] = {"AutoTokenizer": ["tokenization_glm.GLMTokenizer", None]}
 NEEDED = ("config.json", "tokenizer.json", "tokenizer_config.json")
-OPTIONAL = (INDEX, "generation_config.json", "chat_template.jinja", "LICENSE", "MODEL_LICENSE")
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 
 CARD = """\
@@ -144,13 +142,14 @@ def export_hub_folder(src: str | Path, dst: str | Path, *, push_to: str | None =
     require_vacant(dst)
     if push_to is not None:
         HfApi().create_repo(push_to, exist_ok=True)  # first, so that a missing login costs no time
-    with new_folder(dst) as folder:
+    with AtomicFolder(dst).writing() as folder:
+        write_model_files(folder, config, source=src)
         (folder / "README.md").write_text(card, encoding="utf-8")
-        _write_json(folder / "config.json", config | {"auto_map": AUTO_MAP})
+        write_json(folder / "config.json", config | {"auto_map": AUTO_MAP})
         tokenizer_config = read_json(src / "tokenizer_config.json")
-        _write_json(folder / "tokenizer_config.json", tokenizer_config | {"auto_map": TOKENIZER_AUTO_MAP})
-        others = [src / "tokenizer.json", *(src / name for name in OPTIONAL if (src / name).is_file())]
-        for path in (*others, *_source_files()):
+        write_json(folder / "tokenizer_config.json", tokenizer_config | {"auto_map": TOKENIZER_AUTO_MAP})
+        index = [src / INDEX] if (src / INDEX).is_file() else []
+        for path in (*index, *_source_files()):
             shutil.copyfile(path, folder / path.name)
         _link_or_copy(weights, folder)
     if push_to is not None:
@@ -239,10 +238,6 @@ def _link_or_copy(weights: list[Path], folder: Path) -> None:
             (folder / path.name).unlink(missing_ok=True)
             shutil.copyfile(path, folder / path.name)
             progress.update(path.stat().st_size)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 __all__ = ["export_hub_folder"]

@@ -10,6 +10,7 @@ import numpy as np
 from transformers.pipelines import FillMaskPipeline
 
 from glm_hf.filling_glm import Blank, fill_in_turn
+from glm_hf.folders.model_folder import require_matching_tokenizer
 from glm_hf.infilling_glm import mask_token_ids, prepare_context, unpad
 from glm_hf.pipelines.text_generation import continuation, is_glm
 
@@ -40,11 +41,7 @@ class BlankInfillingPipeline(FillMaskPipeline):
         masks = (self.tokenizer.mask_token, self.tokenizer.smask_token, self.tokenizer.gmask_token)
         self.mask_pattern = re.compile(f"({'|'.join(map(re.escape, masks))})")
         self.infiller = model.as_blank_infilling() if hasattr(model, "as_blank_infilling") else model
-        if len(self.tokenizer) > model.config.vocab_size:
-            raise ValueError(
-                f"the tokenizer has {len(self.tokenizer)} tokens, but the model's vocabulary has "
-                f"{model.config.vocab_size} rows; use the tokenizer that belongs to the model"
-            )
+        require_matching_tokenizer(self.tokenizer, model.config)
 
     def __call__(self, inputs: str | list[str], **kwargs: Any) -> list[Any]:
         """Fill one text or several; none gives an empty list."""

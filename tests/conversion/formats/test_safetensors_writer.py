@@ -7,7 +7,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from glm_hf.conversion.formats.safetensors_writer import ShardFile, plan_shards, write_index
+from glm_hf.conversion.formats.safetensors_writer import ShardFile, plan_shards
+from glm_hf.folders.model_folder import write_index
 
 TENSORS = {
     "b.weight": torch.randn(3, 5).half(),
@@ -118,12 +119,13 @@ def test_groups_stay_together():
 def test_single_shard_has_neither_number_nor_index(tmp_path):
     shards = plan_shards(as_units(TENSORS), "1KB")
     assert [shard.label for shard in shards] == ["model.safetensors"]
-    write_index(tmp_path, shards)
+    write_index(tmp_path, {shard.label: shard.tensors for shard in shards})
     assert not any(tmp_path.iterdir())
 
 
 def test_index_finds_every_tensor(tmp_path):
-    write_index(tmp_path, plan_shards(as_units(TENSORS), 44))
+    shards = plan_shards(as_units(TENSORS), 44)
+    write_index(tmp_path, {shard.label: shard.tensors for shard in shards})
     assert json.loads((tmp_path / "model.safetensors.index.json").read_text()) == {
         "metadata": {"total_parameters": 30, "total_size": 76},
         "weight_map": {

@@ -27,7 +27,8 @@ from glm_hf.conversion import (
     reshard_sat_checkpoint,
 )
 from glm_hf.conversion.formats import rank_writer
-from glm_hf.conversion.streaming import segments as partial_folder
+from glm_hf.conversion.streaming import segments
+from glm_hf.folders.atomic import AtomicFolder
 
 SRC = DATA / "cfg2" / "sat_tp2"
 CONVERT = partial(convert_sat_checkpoint, SRC, config=golden_config("cfg2"), max_shard_size="50KB")
@@ -194,7 +195,7 @@ def test_another_kind_of_run_is_noticed(interrupted, tmp_path):
 
 
 def test_another_version_is_noticed(interrupted, tmp_path, monkeypatch):
-    monkeypatch.setattr(partial_folder, "__version__", "0.0.0")
+    monkeypatch.setattr(segments, "__version__", "0.0.0")
     with pytest.raises(ValueError, match=r"had other options or another version of glm_hf"):
         go_on(interrupted, tmp_path / "hf")
 
@@ -202,7 +203,7 @@ def test_another_version_is_noticed(interrupted, tmp_path, monkeypatch):
 def test_small_files_of_an_interrupted_run_do_not_stay(monkeypatch, tmp_path):
     CONVERT(tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr(partial_folder, "sync_tree", fail_when_there_is_a_config)
+        patch.setattr("glm_hf.folders.atomic.sync_tree", fail_when_there_is_a_config)
         with pytest.raises(Stop):
             CONVERT(tmp_path / "hf")
     (tmp_path / ".hf.partial" / "folder" / "tokenizer.json").write_text("{}")
@@ -218,22 +219,22 @@ def fail_when_there_is_a_config(folder: Path) -> None:
 @pytest.mark.parametrize("resume", [True, False])
 def test_hidden_folder_with_something_else_in_it_is_left_alone(resume, interrupted, tmp_path):
     (tmp_path / ".hf.partial" / "precious.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match=r".hf.partial is not of an interrupted conversion"):
+    with pytest.raises(FileExistsError, match=r".hf.partial is not of an interrupted run"):
         go_on(interrupted, tmp_path / "hf", resume=resume)
     assert (tmp_path / ".hf.partial" / "precious.txt").read_text() == "mine"
 
 
 def test_run_that_came_to_its_end_meanwhile(interrupted, tmp_path, monkeypatch):
-    whole = partial_folder._locked
+    whole = AtomicFolder.locked
 
     @contextmanager
-    def finish_first(path: Path, dst: Path):
-        monkeypatch.setattr(partial_folder, "_locked", whole)
-        go_on(interrupted, dst)
-        with whole(path, dst):
+    def finish_first(target: AtomicFolder):
+        monkeypatch.setattr(AtomicFolder, "locked", whole)
+        go_on(interrupted, target.dst)
+        with whole(target):
             yield
 
-    monkeypatch.setattr(partial_folder, "_locked", finish_first)
+    monkeypatch.setattr(AtomicFolder, "locked", finish_first)
     with pytest.raises((FileExistsError, FileNotFoundError)):
         go_on(interrupted, tmp_path / "hf")
     assert (tmp_path / "hf" / "config.json").exists()
@@ -290,15 +291,15 @@ def stop_after(monkeypatch) -> Callable[[int, BaseException], None]:
     """Function that makes runs fail after a number of segments."""
 
     def prepare(num_segments: int, error: BaseException) -> None:
-        whole = partial_folder._save
+        whole = segments._save
 
         def save(home: Path, manifest: dict) -> None:
             whole(home, manifest)
             if len(manifest["finished"]) == num_segments:
-                monkeypatch.setattr(partial_folder, "_save", whole)
+                monkeypatch.setattr(segments, "_save", whole)
                 raise error
 
-        monkeypatch.setattr(partial_folder, "_save", save)
+        monkeypatch.setattr(segments, "_save", save)
 
     return prepare
 
@@ -320,7 +321,7 @@ def test_error_after_a_finished_shard_tells_how_to_go_on(error, stop_after, tmp_
     stop_after(2, error)
     with pytest.raises(type(error)) as caught:
         CONVERT(tmp_path / "hf")
-    assert caught.value.__notes__ == ["2 of 16 parts are finished; run the same command to go on"]
+    assert caught.value.__notes__ == ["2 of 16 parts are finished; run the same command to resume"]
     assert not isinstance(error, OSError) or str(tmp_path / "hf") in str(caught.value)
     CONVERT(tmp_path / "hf")
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
@@ -442,7 +443,7 @@ def test_full_disk_is_refused_beforehand(small_disk):
 
 @pytest.mark.parametrize("num_bytes", range(350_000, 1_040_000, 60_000))
 def test_disk_that_fills_up_on_the_way(num_bytes, small_disk, monkeypatch, tmp_path):
-    monkeypatch.setattr(partial_folder, "require_space", lambda dst, num_bytes: None)  # someone else fills it later
+    monkeypatch.setattr(segments, "require_space", lambda dst, num_bytes: None)  # someone else fills it later
     (small_disk / "other").write_bytes(bytes(num_bytes))
     with pytest.raises(OSError, match=r"No space left on device") as caught:
         CONVERT(small_disk / "hf")

@@ -411,5 +411,6 @@ def test_an_interrupted_export_leaves_nothing(source, tmp_path, monkeypatch):
         export_hub_folder(source, tmp_path / "new" / "out")
     assert list((tmp_path / "new").iterdir()) == []
     (tmp_path / ".out.partial").mkdir()
-    with pytest.raises(FileExistsError, match="left from an interrupted run"):
+    (tmp_path / ".out.partial" / "mine").mkdir()
+    with pytest.raises(FileExistsError, match="is not of an interrupted run"):
         export_hub_folder(source, tmp_path / "out")

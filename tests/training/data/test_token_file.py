@@ -113,7 +113,7 @@ def fill_disk(monkeypatch, stage: str) -> None:
             Path, "open", lambda path, *mode: open_file(Path("/dev/full") if path.suffix == ".bin" else path, *mode)
         )
     elif stage == "sync":
-        monkeypatch.setattr(token_file.os, "fsync", full_disk)
+        monkeypatch.setattr(os, "fsync", full_disk)
     else:
         monkeypatch.setattr(token_file.np, "save", full_disk)
 
