@@ -80,9 +80,7 @@ def imports_of(module: str, top_level_only: bool = False) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             source = f"glm_hf.{node.module}" if node.level else node.module or ""
-            names = {f"{source}.{alias.name}" for alias in node.names} - {
-                "glm_hf.__version__"
-            }  # which imports nothing
+            names = {f"{source}.{alias.name}" for alias in node.names} - OF_THE_PACKAGE
             found |= {name if name in MODULES else source for name in names}
     return found
 
