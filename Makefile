@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TORCH := $(shell grep '^torch==' constraints.txt)
 
+# Tests are run by this many processes, a file at a time; a thread each.
+WORKERS ?= 2
+
 OLDEST := .venv-oldest
 # What depends on transformers most; training in several processes and 3D is left to the newest.
 OLDEST_TESTS := tests/glm_hf/test_golden_*.py tests/glm_hf/test_*_glm.py tests/glm_hf/test_attention_interface.py \
@@ -28,20 +31,20 @@ demo: $(INSTALLED)
 
 # The second run is of transformers' own model tests, which its source distribution has and its wheel has not.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile
 	$(BIN)/python tests/hf_common/fetch.py
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/hf_common/test_modeling_glm.py
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) tests/hf_common/test_modeling_glm.py
 
 # The oldest versions of torch and transformers that are supported, in an environment of their own.
 test-oldest: $(OLDEST)/.installed
-	$(OLDEST)/bin/python -m pytest $(OLDEST_TESTS)
+	$(OLDEST)/bin/pytest -n $(WORKERS) --dist loadfile $(OLDEST_TESTS)
 
 $(OLDEST)/.installed: setup.cfg setup.py pyproject.toml constraints-oldest.txt $(wildcard quantization/kernels_cpu*.[ch])
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check \
 	    $(shell grep '^torch==' constraints-oldest.txt)
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt \
-	    -e ".[peft]" datasets pytest
+	    -e ".[peft]" datasets pytest pytest-xdist
 	touch $@
 
 quality: $(INSTALLED)

@@ -1,4 +1,4 @@
-"""Text tokens per second of the training data on one thread: cutting blanks, packing, and reading.
+"""Text tokens per second of the training data on one thread: masking spans, packing, and reading.
 
 `collate` is `DataCollatorForBlankInfilling` on batches of 8 planned rows with GLM-130B's recipe and vocabulary, beside
 the same recipe token by token in Python lists, which gets the same rows as lists. Both take turns, a batch each; the
@@ -69,7 +69,7 @@ class TokenByToken:
         return {name: torch.tensor(column) for name, column in zip(names, columns, strict=True)}
 
     def cut_words(self, text: list[int]) -> Sample:
-        """Draw `[MASK]` spans of Poisson lengths until they cover the share, and cut them out in random order."""
+        """Draw `[MASK]` spans of Poisson lengths until they cover the share, and mask them in random order."""
         lengths: list[int] = []
         num_covered = 0
         while num_covered < self.recipe.span_share * len(text):

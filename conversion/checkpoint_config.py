@@ -23,7 +23,8 @@ def checkpoint_config(
 
     Args:
         checkpoint: The checkpoint; its weights tell all sizes, and heads if it has rotary frequencies.
-        config: What the weights cannot tell: a config, a dict of its fields or a JSON file. GLM-130B's own by default.
+        config: Configuration, for what weights cannot tell: a GLMConfig, a dict of its fields or a JSON file; that of
+            GLM-130B by default.
 
     Returns:
         A new configuration of `GLMForBlankInfilling`.
@@ -37,7 +38,7 @@ def checkpoint_config(
         if fields.setdefault(name, size) != size:
             raise ValueError(f"config has {name} = {fields[name]}, but the weights have {size}; {HELP}")
     if not fields.get("tie_word_embeddings", True):
-        raise ValueError(f"config has tie_word_embeddings = False, but a SAT checkpoint has no output matrix; {HELP}")
+        raise ValueError(f"config has tie_word_embeddings = False, but a SAT checkpoint has no LM head; {HELP}")
     try:
         model_config = GLMConfig.from_dict(fields | {"architectures": ["GLMForBlankInfilling"]})
     except (StrictDataclassError, AttributeError, TypeError) as error:

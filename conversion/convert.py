@@ -41,7 +41,7 @@ class ConversionPlan:
         config: Configuration of the model to write.
         tokenizer: Tokenizer to write, None for none.
         shards: Files to write, in order.
-        quantization: How the weights to write are quantized, None if they are not.
+        quantization: Quantization of the weights to write, None for none.
     """
 
     checkpoint: SatCheckpoint
@@ -103,8 +103,8 @@ def convert_sat_checkpoint(
     Args:
         src: Folder with `latest` and an iteration folder of `mp_rank_RR_model_states.pt`, or that iteration folder.
         dst: Folder to create; may exist if it is empty.
-        config: What weights cannot tell (special ids; heads, where no rotary buffer tells the head size): a config, a
-            dict of its fields or a JSON file. GLM-130B's own by default.
+        config: Configuration, for what weights cannot tell (special ids; heads, where no rotary buffer does): a
+            GLMConfig, a dict of its fields or a JSON file; that of GLM-130B by default.
         tokenizer: SentencePiece model file, tokenizer folder or tokenizer to save with the model.
         dtype: float16, bfloat16 or float32 for all that is not quantized; the checkpoint's own by default.
         max_shard_size: Largest shard in bytes, or a string such as `"5GB"`.
@@ -179,9 +179,9 @@ def converted(
 
     Args:
         name: Name of the tensor.
-        blocks: Its rows, in order.
+        blocks: Rows of the tensor, in order.
         source_dtype: Their dtype.
-        unit: What is stored of it, on meta by name: the tensor, and its scale if it becomes quantized.
+        unit: Tensors to store, on meta by name: the tensor, and its scale if it becomes quantized.
 
     Yields:
         (name of a stored tensor, its next rows); the scale comes after the weight.

@@ -34,7 +34,7 @@ def export_sat_checkpoint(src: str | Path, dst: str | Path, *, tp_size: int, res
     Raises:
         FileNotFoundError: If `src` lacks a file.
         FileExistsError: If `dst` holds something already.
-        ValueError: If `src` is not such a model or is damaged, or cannot be cut into `tp_size` ranks.
+        ValueError: If `src` is not such a model or is damaged, or cannot be sharded over `tp_size` ranks.
         OSError: If the disk has too little space, or another process is writing to `dst`.
     """
     source = ModelFolder(src)
@@ -62,7 +62,7 @@ def reshard_sat_checkpoint(src: str | Path, dst: str | Path, *, tp_size: int, re
     Raises:
         FileNotFoundError: If a file of `src` is missing.
         FileExistsError: If `dst` holds something already.
-        ValueError: If `src` is damaged or incomplete, or cannot be cut into `tp_size` ranks.
+        ValueError: If `src` is damaged or incomplete, or cannot be sharded over `tp_size` ranks.
         OSError: If the disk has too little space, or another process is writing to `dst`.
     """
     source = SatCheckpoint(src)
@@ -84,7 +84,7 @@ def _require_original(source: ModelFolder) -> None:
     """Raise ValueError unless the original code, where all of this is fixed, computes what the model computes."""
     config = source.config
     if not config.tie_word_embeddings:
-        raise ValueError("the model has an output matrix of its own, which SAT checkpoints of GLM-130B cannot hold")
+        raise ValueError("the model has an LM head of its own, which SAT checkpoints of GLM-130B cannot hold")
     for name in ("layer_norm_eps", "rope_parameters"):
         value, fixed = getattr(config, name), getattr(GLMConfig(), name)
         if value != fixed:

@@ -141,7 +141,7 @@ def _quantization(side: SatCheckpoint | ModelFolder) -> str:
 
 
 def _regrouped(name: str, blocks: Iterator[Tensor], actual: Tensor) -> Iterator[Tensor]:
-    """Yield the blocks of a scale with every column as often as the other side, cut for more ranks, has it."""
+    """Yield the blocks of a scale with every column as often as the other side, sharded over more ranks, has it."""
     for block in blocks:
         times = actual.shape[1] // block.shape[1] if name.endswith("_scale") else 1
         yield block.repeat_interleave(times, dim=1) if times > 1 else block

@@ -15,7 +15,7 @@ class GLMQuantizationConfig(QuantizationConfigMixin):
     Settings of weight-only quantization, for `from_pretrained(..., quantization_config=...)`.
 
     Args:
-        bits: 4 or 8.
+        bits: Bits of the weights of the layers, 4 or 8.
         group_size: Input features that share a scale; None for one scale per row, the released form.
         modules_to_not_convert: Linears that stay as they are: names, their ends, or regular expressions for their
             beginnings. The LM head stays unless `quantize_embeddings` is set.

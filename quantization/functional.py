@@ -30,7 +30,7 @@ def quantize_weight(weight: Tensor, *, bits: int, group_size: int | None = None)
 
     Args:
         weight: `(N, K)`, floating point; taken in fp16.
-        bits: 8 or 4.
+        bits: Bits of a code, 8 or 4.
         group_size: Input features per scale, which must divide `K`; the whole row by default.
 
     Returns:
@@ -89,7 +89,7 @@ def dequantize_weight(weight: Tensor, weight_scale: Tensor, bits: int) -> Tensor
     Args:
         weight: Codes in the stored layout.
         weight_scale: `(N, G)`, floating point.
-        bits: 8 or 4.
+        bits: Bits of a code, 8 or 4.
 
     Raises:
         ValueError: If shapes or dtypes do not fit together.

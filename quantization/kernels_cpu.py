@@ -134,7 +134,7 @@ def quantized_linear_cpu(
 def linear_by_decoding(
     library: KernelLibrary, x: Tensor, weight: Tensor, weight_scale: Tensor, bits: int, bias: Tensor | None
 ) -> Tensor:
-    """Return `(M, N)` of bf16 `x` `(M, K)`: decode some rows of the weight to bf16, multiply, go on."""
+    """Return `(M, N)` of bf16 `x` `(M, K)`: decode some rows of the weight to bf16, multiply, take the next."""
     out = x.new_empty(len(x), len(weight))
     bias = None if bias is None else bias.to(x.dtype)
     step = rows_at_once(x.shape[1])

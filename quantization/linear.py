@@ -16,7 +16,7 @@ class QuantizedLinear(StoredWeight, nn.Linear):
     Args:
         in_features: Input features `K`; even for 4 bits.
         out_features: Output features `N`.
-        bits: 4 or 8.
+        bits: Bits of a code, 4 or 8.
         num_groups: Scales per row, which must divide `K`.
         bias: Whether there is a bias `(N)`.
         dtype: Dtype of the bias.
@@ -68,7 +68,7 @@ class QuantizedLinear(StoredWeight, nn.Linear):
         if style != "colwise" or self.bits == 4:
             raise ValueError(
                 "adapters on quantized weights work under tensor parallelism on INT8 query_key_value only, got "
-                f"{self.bits} bits cut {style}; train them without tensor parallelism"
+                f"{self.bits} bits sharded {style}; train them without tensor parallelism"
             )
         self.__dict__["_hf_tp_plan"] = style
 

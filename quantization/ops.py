@@ -35,7 +35,7 @@ def quantized_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bits: int,
         x: `(..., K)`, floating point.
         weight: Codes in the stored layout.
         weight_scale: `(N, G)`, floating point; of values that fp16 holds.
-        bits: 8 or 4.
+        bits: Bits of a code, 8 or 4.
         bias: `(N)`, floating point.
 
     Returns:

@@ -40,7 +40,7 @@ MISREAD = (
 
 class Codes(Tensor):
     """
-    Codes as others see them: they can be moved, copied, cut, compared and saved, but not read as floating point.
+    Codes as others see them: they can be moved, copied, sliced, compared and saved, but not read as floating point.
 
     `codes.as_subclass(torch.Tensor)` are plain; `dequantize_weight` makes weights of them.
     """

@@ -18,7 +18,7 @@ class DeferredStep(DeepSpeedEngineWrapper):
 
 def gradient_norm(parameter: nn.Parameter) -> torch.Tensor | None:
     """
-    Return the norm of a gradient that is cut over the processes, all of which must ask; None if there is none.
+    Return the norm of a gradient that is sharded over the processes, all of which must ask; None if there is none.
 
     In stage 3 no process ever holds the whole gradient, which is 7 GB for the embedding of GLM-130B.
     """

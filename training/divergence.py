@@ -1,4 +1,4 @@
-"""Watching for divergence: losses and gradients that are not finite, and leaps of the embedding's gradient.
+"""Watching for divergence: losses and gradients that are not finite, and spikes of the embedding's gradient.
 
 In GLM-130B's training, the norm of the embedding's gradient leapt some steps before the loss did.
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 DIVERGENCE_FILE = "divergence.json"
 WINDOW = 100
-LEAST_HISTORY = 20  # norms seen before a leap can be told
+LEAST_HISTORY = 20  # norms seen before a spike can be told
 
 
 class DivergenceError(RuntimeError):
@@ -22,10 +22,10 @@ class DivergenceError(RuntimeError):
 
 class DivergenceWatch:
     """
-    Remember the norms of the embedding's gradient and tell when one leaps.
+    Remember the norms of the embedding's gradient and tell when one spikes.
 
     Args:
-        spike_threshold: How many times the median of the last norms a leap is.
+        spike_threshold: Multiple of the median of the last norms that counts as a spike.
     """
 
     def __init__(self, spike_threshold: float) -> None:
@@ -60,7 +60,7 @@ class DivergenceWatch:
         return None
 
     def state(self) -> dict[str, Any]:
-        """Return what a later run needs to go on watching."""
+        """Return what a resumed run needs to continue watching."""
         return {"norms": list(self.norms)}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -69,10 +69,10 @@ class DivergenceWatch:
 
 
 def stop_message(step: int, reason: str, file: Path) -> str:
-    """Return why training stops before the update of a step, and how to go on."""
+    """Return why training stops before the update of a step, and how to resume."""
     return (
-        f"training stops before the update of step {step}: {reason}; its samples are in {file}. Go on from an earlier "
-        f'checkpoint with skip_data_ranges=["{step}-{step}"], a lower learning rate or a lower alpha'
+        f"training stops before the update of step {step}: {reason}; its samples are in {file}. Resume from an "
+        f'earlier checkpoint with skip_data_ranges=["{step}-{step}"], a lower learning rate or a lower alpha'
     )
 
 
@@ -81,8 +81,8 @@ def record_event(folder: str | Path, event: dict[str, Any], *, writes: bool) -> 
     Append an event to the list in divergence.json, and return the file.
 
     Args:
-        folder: Of the run.
-        event: With `samples`, of which those come first whose `loss` is not finite, then the highest. Numbers that are
+        folder: Output folder of the run.
+        event: Event with its `samples`, first those whose `loss` is not finite, then the highest. Values that are
             not finite are written as text.
         writes: Whether this process does.
     """

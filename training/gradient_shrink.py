@@ -9,7 +9,7 @@ DEFAULT_ALPHA = 0.1
 
 def shrink_embedding_gradient(model: nn.Module, alpha: float = DEFAULT_ALPHA) -> None:
     """
-    Let only a share of the gradient reach the input embedding; a tied output matrix keeps the whole of its own.
+    Let only a share of the gradient reach the input embedding; a tied LM head keeps the whole of its own.
 
     Outputs stay what they are. The model saves the share as `embedding_gradient_shrink` of its config.
 

@@ -18,7 +18,7 @@ class LossMeter:
     Sum up losses between two logs, or over an evaluation, without waiting for the device.
 
     Args:
-        device: Where losses are.
+        device: Device of the losses.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -116,9 +116,9 @@ def flops_per_token(config: GLMConfig, num_parameters: int, row_length: int) -> 
     Return the operations of forward and backward pass per token: 6 per parameter, and those of full attention.
 
     Args:
-        config: Sizes.
-        num_parameters: Of the model, a tied matrix counted once.
-        row_length: Tokens that attend to each other.
+        config: Sizes of the model.
+        num_parameters: Number of parameters of the model, a tied matrix counted once.
+        row_length: Number of tokens that attend to each other.
     """
     return 6 * num_parameters + 12 * config.num_hidden_layers * config.hidden_size * row_length
 

@@ -12,7 +12,7 @@ class BatchSchedule:
     """
     How many samples every optimizer step takes: from `start` to `full`, linear over the first samples.
 
-    Sizes are multiples of the greatest common divisor of both, whatever the number of processes, so that a run goes on
+    Sizes are multiples of the greatest common divisor of both, whatever the number of processes, so that a run resumes
     the same on other machines.
 
     Args:
@@ -72,9 +72,9 @@ class LearningRateSchedule:
     Learning rate by samples: linear from `initial` to `peak`, then half a cosine down to `minimum`.
 
     Args:
-        initial: At the first sample.
+        initial: Learning rate at the first sample.
         peak: After `warmup_samples`.
-        minimum: At the last sample.
+        minimum: Learning rate at the last sample.
         warmup_samples: Samples of the linear part.
         total_samples: Samples of the run.
 

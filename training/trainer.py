@@ -53,7 +53,7 @@ class GLMTrainer(TokenLossTrainer):
     Everything else is `Trainer`'s: callbacks, evaluation, logging, DDP and DeepSpeed's ZeRO. A run is one pass over as
     many samples as `GLMTrainingArguments` tell; `train_dataset` is a `BlankInfillingDataset`, or any dataset with a
     length whose items `DataCollatorForBlankInfilling` takes. Checkpoints appear only when they are complete; a run
-    that is resumed goes on with the same batches, whatever the number of workers and processes.
+    that is resumed continues with the same batches, whatever the number of workers and processes.
 
     Logged besides: `loss_mask`, `loss_smask`, `loss_gmask`, `loss_instruction` (means per predicted token),
     `embedding_grad_norm`, `embedding_gradient_shrink`, `samples`, `tokens_per_second`, and `mfu`, the model FLOPs
@@ -64,14 +64,14 @@ class GLMTrainer(TokenLossTrainer):
     token is to predict.
 
     Args:
-        model: As in `Trainer`.
+        model: Model to train, as `Trainer` takes it.
         args: `GLMTrainingArguments`.
         data_collator: `DataCollatorForBlankInfilling` with the recipe of GLM-130B by default.
-        **kwargs: As in `Trainer`.
+        **kwargs: Further arguments of `Trainer`.
 
     Raises:
         ValueError: If an argument would be ignored, schedules are impossible, or `train_dataset` has no length.
-        DivergenceError: From `train`, if training has stopped itself.
+        DivergenceError: If training has stopped itself, from `train`.
     """
 
     args: GLMTrainingArguments
@@ -377,7 +377,7 @@ class GLMTrainer(TokenLossTrainer):
         self, max_steps: int, num_steps: int, num_epochs: int, resume_from_checkpoint: str | None, trial: Any
     ) -> tuple[int, int]:
         """
-        Begin, or go on where a checkpoint was.
+        Begin, or resume from a checkpoint.
 
         Raises:
             ValueError: If the batches of this run would have come to another place in the data.

@@ -44,7 +44,7 @@ EVAL_ROUNDS = 4  # micro-batches per stage that are evaluated in one go, so that
 
 class GLM3DTrainer(GLMTrainer):
     """
-    `GLMTrainer` with every layer cut over tensor-parallel ranks and the layers spread over pipeline stages.
+    `GLMTrainer` with every layer sharded over tensor-parallel ranks and the layers spread over pipeline stages.
 
     Data, schedules, logs, callbacks, evaluation and safeguards are those of `GLMTrainer`, and so are losses, norms and
     weights, whatever the degrees of parallelism.
@@ -52,15 +52,15 @@ class GLM3DTrainer(GLMTrainer):
     Args:
         model: Folder of a Hugging Face model, of which every process reads its own share, or the `GLMConfig` of a new
             one.
-        args: With `parallel`, degrees whose product is the number of processes. `per_device_train_batch_size` samples
-            go through the pipeline at once. `deepspeed` may hold further keys for DeepSpeed. In fp16 and bf16 weights
-            have 16 bits, and the optimizer keeps fp32 ones.
-        data_collator: As in `GLMTrainer`.
-        config: Of `model`, if some of its fields are not those in its folder.
-        **kwargs: As in `GLMTrainer`, without those of `REFUSED_OBJECTS_3D`.
+        args: Arguments with `parallel`, degrees whose product is the number of processes. A micro-batch has
+            `per_device_train_batch_size` samples. `deepspeed` may hold further keys for DeepSpeed. In fp16 and bf16
+            weights have 16 bits, and the optimizer keeps fp32 ones.
+        data_collator: Collator, as `GLMTrainer` takes it.
+        config: Configuration of `model`, if some of its fields are not those in its folder.
+        **kwargs: Further arguments of `GLMTrainer`, without those of `REFUSED_OBJECTS_3D`.
 
     Raises:
-        ValueError: On all processes, before any waits for another, if the model cannot be spread in this way, or an
+        ValueError: If the model cannot be sharded in this way, on all processes, before any waits for another, or an
             argument would be ignored.
     """
 
@@ -114,12 +114,12 @@ class GLM3DTrainer(GLMTrainer):
 
     @property
     def data_rank(self) -> int:
-        """Which copy of the model this process belongs to."""
+        """Which replica this process belongs to."""
         return self.parallel.coordinates(self.args.process_index)[1]
 
     @property
     def data_size(self) -> int:
-        """Copies of the model, each with its own samples."""
+        """Replicas of the model, each with samples of its own."""
         return self.parallel.dp_size
 
     @property
@@ -185,7 +185,7 @@ class GLM3DTrainer(GLMTrainer):
         return loss.detach().to(self.args.device)
 
     def _seed_of_step(self) -> int:
-        """Return a seed that ranks of a layer share, and that a run which goes on from a checkpoint finds again."""
+        """Return a seed that ranks of a layer share, and that a resumed run finds again."""
         place = (self.args.seed, self.state.global_step, self.stage, self.data_rank)
         return int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
@@ -230,7 +230,7 @@ class GLM3DTrainer(GLMTrainer):
         return float(self.engine.get_global_grad_norm())
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> float:
-        """Return the number of predicted tokens of a step, on all copies of the model if they are averaged."""
+        """Return the number of predicted tokens of a step, on all replicas if they are averaged."""
         require_names(batch_samples[0])
         count = sum((batch["shift_labels"] != IGNORED).sum() for batch in batch_samples)
         if not self.args.average_tokens_across_devices:
@@ -238,7 +238,7 @@ class GLM3DTrainer(GLMTrainer):
         return summed([torch.as_tensor(count, device=device)], self.data_group)[0]
 
     def floating_point_ops(self, inputs: Batch) -> float:
-        """Return the operations of a step's inputs, of which every process of a copy of the model reports a part."""
+        """Return the operations of a step's inputs, of which every process of a replica reports a part."""
         return super().floating_point_ops(inputs) / (self.parallel.tp_size * self.parallel.pp_size)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
@@ -288,7 +288,7 @@ class GLM3DTrainer(GLMTrainer):
         return EvalLoopOutput(None, None, LossMeter.describe_evaluation(taken, metric_key_prefix), number)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write a Hugging Face folder, each stage its own files; within a checkpoint, what training goes on from."""
+        """Write a Hugging Face folder, each stage its own files; within a checkpoint, what training resumes from."""
         from glm_hf.training.pipeline.weights import save_folder
 
         folder = Path(self.args.output_dir if output_dir is None else output_dir)

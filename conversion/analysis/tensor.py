@@ -81,7 +81,7 @@ def measure(read: Callable[[], Iterator[Tensor]], shape: tuple[int, int], scheme
     Args:
         read: Function that yields the matrix in blocks of rows, floating point.
         shape: `(N, K)`.
-        schemes: How it is quantized, by name; those that do not fit are left out.
+        schemes: Quantization schemes by name; those that do not fit are left out.
 
     Raises:
         ValueError: If a weight is not finite, in fp16 too.

@@ -26,7 +26,7 @@ def model_tensors(
     Args:
         config: The model's configuration.
         dtype: Dtype of everything that is not quantized.
-        quantization: How weights are quantized, None if they are not.
+        quantization: Quantization of the weights, None for none.
 
     Raises:
         ValueError: If a weight cannot be quantized in that way.

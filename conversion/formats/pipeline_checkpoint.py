@@ -81,13 +81,13 @@ class Checkpoint3D:
         Read what several files hold, which training keeps alike.
 
         Raises:
-            ValueError: If a tensor that is not cut differs between ranks, or a tied output matrix from the embedding.
+            ValueError: If a replicated tensor differs between ranks, or a tied LM head from the embedding.
         """
         for name, parts in self._parts.items():
             for part in parts[1:] if shard_rule(name) == REPLICATED else ():
                 _require_equal(parts[0], part, "all ranks must hold the same")
         for part, copy in zip(self._parts[EMBEDDING], self._copies, strict=False):
-            _require_equal(part, copy, "the output matrix is tied to the embedding")
+            _require_equal(part, copy, "the LM head is tied to the embedding")
 
     def _require_one_dtype(self) -> torch.dtype:
         """Return the dtype of all tensors; ValueError if they have several."""

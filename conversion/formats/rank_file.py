@@ -35,10 +35,10 @@ class RankFile:
 
     Attributes:
         path: The file.
-        tensors: Its tensors by SAT name.
+        tensors: Tensors of the file by SAT name.
         members: All bytes with checksums, by the byte at which they begin.
         saved_as: The rank under which it was saved, None if it does not tell.
-        iteration: Its entries among `ITERATION_KEYS`.
+        iteration: Entries of the file among `ITERATION_KEYS`.
         fingerprint: Size, and a hash of all checksums.
     """
 
@@ -56,7 +56,7 @@ def read_rank_file(path: Path, *, key: str | None = "module") -> RankFile:
 
     Args:
         path: The file.
-        key: Where in its structure the tensors are, None if they are all that it holds.
+        key: Key under which the structure holds the tensors, None if they are all that it holds.
 
     Raises:
         FileNotFoundError: If there is no such file.

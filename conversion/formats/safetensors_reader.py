@@ -32,7 +32,7 @@ class ModelFolder:
 
     Attributes:
         config: The model's configuration, without that of the quantization.
-        quantization: How weights are quantized, None if they are not.
+        quantization: Quantization of the weights, None for none.
         sources: Size, time of change and hash of the header of every file by its name.
 
     Raises:

@@ -108,7 +108,7 @@ class SatCheckpoint:
         name = next((name for name in self.ranks[0].tensors if is_rotary_buffer(name)), None)
         if name is None:
             return None
-        # The original tool for other tensor-parallel sizes cuts these frequencies in some checkpoints.
+        # The original tool for other tensor-parallel sizes shards these frequencies in some checkpoints.
         parts = [rank.tensors[name] for rank in self.ranks]
         wholes = [_read_whole(part) for part in parts if part.has_values]
         is_cut = not all(torch.equal(whole, wholes[0]) for whole in wholes)
@@ -154,7 +154,7 @@ class SatCheckpoint:
 
     def require(self, tensors: dict[str, Tensor]) -> None:
         """
-        Check that the checkpoint holds exactly `tensors`, cut by the rules, without reading any values.
+        Check that the checkpoint holds exactly `tensors`, sharded by the rules, without reading any values.
 
         Args:
             tensors: What is expected, on meta by the model's names; of a dtype it only matters whether it is a float.
@@ -179,10 +179,10 @@ class SatCheckpoint:
 
     def check_values(self) -> None:
         """
-        Read what is not cut, to check that the files belong together.
+        Read what is replicated, to check that the files belong together.
 
         Raises:
-            ValueError: If a parameter that is not cut differs between ranks, or a file is a copy of another rank's.
+            ValueError: If a replicated parameter differs between ranks, or a file is a copy of another rank's.
         """
         for rank in self.ranks:
             for part in rank.tensors.values():
@@ -238,10 +238,10 @@ class SatCheckpoint:
 
     def _require_distinct_ranks(self) -> None:
         """Raise ValueError if all that should differ between ranks has the same checksums on two of them."""
-        cut = [to_sat_name(name) for name in self.names if shard_rule(name) != REPLICATED]
+        sharded = [to_sat_name(name) for name in self.names if shard_rule(name) != REPLICATED]
         seen: dict[tuple, RankFile] = {}
         for rank in self.ranks:
-            parts = [rank.tensors[name] for name in cut]
+            parts = [rank.tensors[name] for name in sharded]
             members = [(part.member, part.offset) for part in parts if part.member and part.member.crc is not None]
             crcs = tuple((member.crc, offset - member.offset) for member, offset in members)
             other = seen.setdefault(crcs, rank)
@@ -287,7 +287,7 @@ def _rank_paths(folder: Path, found: Iterable[int], tp_size: int) -> list[Path]:
 
 
 def _tp_size(rank: RankFile) -> int:
-    """Return the number of ranks, which the uncut final norm `(D)` and the cut bias `(3D/n)` tell."""
+    """Return the number of ranks, which the replicated final norm `(D)` and the sharded bias `(3D/n)` tell."""
     name = "transformer.layers.0.attention.query_key_value.bias"
     hidden_size, rows = _hidden_size(rank), prod(_get(rank, name).shape)
     if 3 * hidden_size % rows:

@@ -81,8 +81,8 @@ class TorchZip:
 
     Args:
         root: The file's name without its suffix.
-        tensors: What is written block by block, on meta by name.
-        small_tensors: What is known already, by name; lies in front of the others.
+        tensors: Tensors that are written block by block, on meta by name.
+        small_tensors: Tensors that are known already, by name; they lie in front of the others.
         content: Entries of the pickled structure beside `module`.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""Move tensors in blocks of rows, in order: join the parts of ranks, cut for ranks, and read ahead of the writer."""
+"""Move tensors in blocks of rows, in order: merge shards, make shards, and read ahead of the writer."""
 
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,7 +37,7 @@ def split_block(
     Yield (rank, rows) for a block of rows of a full tensor, so that every rank gets its own rows in order.
 
     Args:
-        rule: How the tensor is cut.
+        rule: Rule by which the tensor is sharded.
         num_rows: Rows of the full tensor.
         tp_size: Number of ranks.
         start: Index of the first row of `block`.

@@ -65,7 +65,7 @@ def write_in_segments(
 
     Args:
         dst: Vacant destination, absolute; missing parents are made.
-        segments: What to write, in order.
+        segments: Segments to write, in order.
         blocks_of: Yields all tensors of a segment in order, as (name, block of rows).
         finish: Writes the small files into the folder when all segments are there.
         sources: Size and hash of every source file by its name, as JSON; they must not change between runs.

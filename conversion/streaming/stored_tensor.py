@@ -22,8 +22,8 @@ class Member:
     Attributes:
         path: The file.
         name: Their name in it.
-        offset: Where they begin.
-        nbytes: How many they are.
+        offset: Offset of the bytes in the file.
+        nbytes: Number of the bytes.
         crc: Their CRC-32, None if none was computed.
     """
 
@@ -148,7 +148,7 @@ def _read_into(file: BinaryIO, content: memoryview, label: str) -> None:
     while content:
         count = file.readinto(content)  # type: ignore[attr-defined]
         if not count:
-            raise ValueError(f"{file.name}: {label} is cut short; the file has changed or is damaged, copy it again")
+            raise ValueError(f"{file.name}: {label} is truncated; the file has changed or is damaged, copy it again")
         content = content[count:]
 
 

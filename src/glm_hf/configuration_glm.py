@@ -17,7 +17,7 @@ class GLMConfig(PreTrainedConfig):
     Sizes, special token ids and numerics of a GLM-130B model (arXiv 2210.02414).
 
     Args:
-        vocab_size: Rows of the embedding, which is also the output matrix. GLM-130B uses ids 0 to 150007 of 150528.
+        vocab_size: Rows of the embedding, which is also the LM head. GLM-130B uses ids 0 to 150007 of 150528.
         hidden_size: Width of the residual stream.
         num_hidden_layers: Number of layers; also sets the DeepNorm factor `alpha = sqrt(2 * num_hidden_layers)`.
         num_attention_heads: Number of heads; must divide `hidden_size` into an even head size.
@@ -33,7 +33,7 @@ class GLMConfig(PreTrainedConfig):
         attention_dropout: Dropout of the attention probabilities, in `[0, 1]`.
         embedding_gradient_shrink: Share alpha in `(0, 1]` of the gradient that reaches the input embedding in
             training (paper, section 2.4). 1 leaves the gradient alone.
-        tie_word_embeddings: Whether the output matrix is the embedding.
+        tie_word_embeddings: Whether the LM head is the embedding.
         use_cache: Whether the model returns its key-value cache.
         pad_token_id: Padding; carries no meaning of its own.
         eos_token_id: `</s>`, appended to a context that does not end in a mask.

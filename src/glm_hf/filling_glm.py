@@ -99,7 +99,7 @@ class BlankGenerationMixin(GLMGenerationMixin):
         rows = [[*context, self.config.sop_token_id] for context in contexts]
         proposals: list[list[Blank]] = [[] for _ in rows]
         num_new = [self._num_new_tokens(len(row), generate_kwargs) for row in rows]
-        for limit in sorted(set(num_new)):  # one batch, unless the context window cuts some answers short
+        for limit in sorted(set(num_new)):  # one batch, unless the context window limits some answers
             group = [index for index, number in enumerate(num_new) if number == limit]
             options = arguments_of_rows(generate_kwargs, group, len(rows))
             proposed = self._propose([rows[index] for index in group], limit, options)
@@ -215,7 +215,7 @@ def arguments_of_rows(arguments: Mapping[str, Any], rows: Sequence[int], num_row
     Return the arguments of `generate` for some rows of a batch.
 
     Args:
-        arguments: Those for all rows.
+        arguments: Arguments of `generate` for all rows.
         rows: Numbers of the rows that are generated, ascending.
         num_rows: Rows of the whole batch.
     """

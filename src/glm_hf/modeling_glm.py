@@ -5,8 +5,8 @@ A layer computes `a = LN(x); h = alpha * a + Attention(a); m = LN(h); y = alpha 
 
 Shapes: `B` batch, `L` length, `D` hidden, `H` heads, `K` head dim, `F` inner width of the MLP, `V` vocabulary.
 
-Layout of the weights (all linears have a bias, the output matrix has none):
-    embed_tokens.weight                (V, D)   also the output matrix when tied
+Layout of the weights (all linears have a bias, the LM head has none):
+    embed_tokens.weight                (V, D)   also the LM head when tied
     attention.query_key_value.weight   (3D, D)  per head: K rows of query, K of key, K of value
     attention.dense.weight             (D, D)
     mlp.dense_h_to_4h.weight           (2F, D)  F linear rows, then F gate rows
@@ -407,7 +407,7 @@ class GLMModel(GLMPreTrainedModel):
 
 
 class GLMForBlankInfilling(GLMPreTrainedModel, BlankGenerationMixin):
-    """GLM with its output matrix: predicts the next token of a blank, and generates."""
+    """GLM with its LM head: predicts the next token of a blank, and generates."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}

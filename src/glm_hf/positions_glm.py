@@ -77,7 +77,7 @@ def read_positions(
     no position of a blank: GLM's own positions take its place, in each of the samples that it delimits.
 
     Args:
-        position_ids: As given.
+        position_ids: Positions as the caller gives them.
         input_ids: `(B, L)`.
         padding: `(B, L)`, 1 or True on tokens.
         config: Holds the special ids.
@@ -155,7 +155,7 @@ def warn_of_trained_rows(input_ids: torch.Tensor | None, config: GLMConfig, give
     """
     Warn once of rows `(B, L)` that are not trained on as GLM is.
 
-    Those are rows without `sop`, and without positions that may tell samples apart, rows that go on with another
+    Those are rows without `sop`, and without positions that may tell samples apart, rows that continue with another
     sample behind an `eop`.
     """
     if input_ids is None or is_tracing(input_ids) or input_ids.is_meta:
@@ -256,7 +256,7 @@ def recall_frozen(cache: Cache, input_ids: torch.Tensor | None, batch_size: int,
     Return `(B,)` positions at which new tokens behind a filled cache stay, -1 where positions count on.
 
     Raises:
-        ValueError: If the cache does not tell, was cut within a context, or holds a text that was read without the
+        ValueError: If the cache does not tell, was cropped within a context, or holds a text that was read without the
             `sop` that comes now.
     """
     layout: CachedLayout | None = getattr(cache, "glm_layout", None)
@@ -264,7 +264,9 @@ def recall_frozen(cache: Cache, input_ids: torch.Tensor | None, batch_size: int,
         raise ValueError(FOREIGN_CACHE)
     is_traced = is_tracing(layout.frozen) or layout.frozen.is_meta
     if not is_traced and layout.last_sop >= 0 and int(cache.get_seq_length()) < layout.last_sop:
-        raise ValueError("the cache was cut within its context, whose rest would not be seen both ways; fill it anew")
+        raise ValueError(
+            "the cache was cropped within its context, whose rest would not be seen both ways; fill it anew"
+        )
     if not is_traced and layout.last_sop < 0 and input_ids is not None and has_sop_in(input_ids, config):
         raise ValueError("the cache holds a context that was read causally, without its sop; read both in one pass")
     if len(layout.frozen) == 1:

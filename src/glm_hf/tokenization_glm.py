@@ -8,7 +8,7 @@ Ids, for `I` image tokens and `P` pieces (GLM-130B: 20000 and 130000):
     I+P .. I+P+7      [MASK] [gMASK] [sMASK] eod sop eop ENC dBLOCK
 
 Text goes through: line breaks, tabs and runs of blanks to their symbols; the model's own normalisation; isolation of
-the symbols; unigram or BPE; and back. It is cut at special tokens first, and every part between them is encoded on
+the symbols; unigram or BPE; and back. It is split at special tokens first, and every part between them is encoded on
 its own, dummy prefix included, as the released code does.
 """
 
@@ -142,7 +142,7 @@ class GLMTokenizer(TokenizersBackend):
         Raises:
             jinja2.TemplateError: If a chat is not one (roles, their order, empty turns), or its question cannot be
                 answered.
-            ValueError: If `truncation` would cut a mask or `sop` off.
+            ValueError: If `truncation` would remove a mask or `sop`.
         """
         is_chats = isinstance(conversation, (list, tuple)) and len(conversation) > 0
         is_batch = is_chats and (isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages"))
@@ -177,9 +177,9 @@ class GLMTokenizer(TokenizersBackend):
 
     def _require_blank(self, ids: list[int], max_length: int) -> None:
         """Raise ValueError unless truncation leaves the masks and `sop` of a chat in."""
-        cut = ids[: max(0, len(ids) - max_length)] if self.truncation_side == "left" else ids[max_length:]
+        removed = ids[: max(0, len(ids) - max_length)] if self.truncation_side == "left" else ids[max_length:]
         blank = (self.mask_token_id, self.smask_token_id, self.gmask_token_id, self.sop_token_id)
-        if any(token_id in blank for token_id in cut):
+        if any(token_id in blank for token_id in removed):
             raise ValueError(
                 f"a chat of {len(ids)} tokens would lose its mask or sop when truncated to {max_length}; shorten the "
                 "texts of its turns instead"

@@ -71,7 +71,7 @@ class GLUColwiseParallel(PackedColwiseParallel):
     """
     Split each half of a GLU's up-projection over the ranks, weight and bias alike.
 
-    transformers' `packed_colwise` cuts a bias in one piece, so that the first rank gets the bias of the first half.
+    transformers' `packed_colwise` shards a bias as one block, so that the first rank gets the bias of the first half.
     """
 
     def shard_param(self, module: nn.Module, param: str, mesh: DeviceMesh) -> None:

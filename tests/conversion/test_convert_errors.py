@@ -324,7 +324,7 @@ def test_config_that_contradicts_the_weights(field, value, actual, kind, refuse,
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tie_word_embeddings": False}, r"tie_word_embeddings = False, but a SAT checkpoint has no output matrix"),
+        ({"tie_word_embeddings": False}, r"tie_word_embeddings = False, but a SAT checkpoint has no LM head"),
         ({"mask_tokenid": 3}, r"unknown fields mask_tokenid; expected fields of GLMConfig"),
         ({"gmask_token_id": 144}, r"the configuration does not fit the weights: .* must differ"),
         ({"mask_token_id": "[MASK]"}, r"the configuration does not fit the weights: .*mask_token_id.* expected int"),

@@ -222,7 +222,7 @@ def test_folder_of_another_kind(folder, tmp_path):
 def test_output_matrix_of_its_own(tmp_path):
     config = GLMConfig(**golden_config("cfg1").to_dict() | {"tie_word_embeddings": False})
     type(golden_model("cfg1"))(config).save_pretrained(tmp_path / "hf")
-    with pytest.raises(ValueError, match=r"has an output matrix of its own, which SAT checkpoints of GLM-130B cannot"):
+    with pytest.raises(ValueError, match=r"has an LM head of its own, which SAT checkpoints of GLM-130B cannot"):
         export_sat_checkpoint(tmp_path / "hf", tmp_path / "sat", tp_size=1)
 
 

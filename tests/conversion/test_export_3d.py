@@ -322,7 +322,7 @@ def test_ranks_that_differ_in_the_sign_of_a_zero(name, src, tmp_path):
 @pytest.mark.parametrize("row", [0, 13, 23])
 def test_tied_matrices_that_differ(row, src, tmp_path):
     change(src, "layer_05-model_01-model_states.pt", lambda content: content["weight"][row].add_(1e-3))
-    message = r"layer_05-model_01\S+: weight differs from weight in \S+layer_00-model_01\S+, but the output matrix is"
+    message = r"layer_05-model_01\S+: weight differs from weight in \S+layer_00-model_01\S+, but the LM head is"
     assert_refused(src, tmp_path / "hf", message)
 
 

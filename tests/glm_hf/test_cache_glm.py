@@ -156,7 +156,7 @@ REFUSED = {
         [[31]],
         "does not tell where its blanks stand",
     ),
-    "its context was cut": (cut_cache, [[31]], "was cut within its context"),
+    "its context was cut": (cut_cache, [[31]], "was cropped within its context"),
     "sop comes late": (lambda: filled_by(torch.tensor([SHORT[:-1]])), [[SOP]], "was read causally"),
 }
 

@@ -14,7 +14,7 @@ from glm_hf import GLMQuantizationConfig
 from glm_hf.infilling_glm import prepare_context
 from glm_hf.training import to_conversation
 
-DEMO = "examples/world_facts/model"
+DEMO = str(Path(__file__).parents[2] / "examples" / "world_facts" / "model")
 SETTINGS = {"use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
 FACTS = {
     "The capital of France is [MASK].": "Paris",

@@ -1,4 +1,4 @@
-"""Blanks cut out of texts, and the rows that a model trains on.
+"""Blanks in texts, and the rows that a model trains on.
 
 Both steps work on ragged arrays: `tokens` holds the texts of some rows one after another, `lengths` how long each is.
 A text becomes a context, in which masks stand for its spans, and the contents of its blanks, each behind a `sop`:
@@ -47,7 +47,7 @@ class InfilledTexts:
     blank_position: np.ndarray
     """`(N,)` position of a blank's mask in its context, -1 for a blank whose positions count on."""
     is_closed: np.ndarray
-    """`(N,)` whether a blank is followed by `eop`; the window may have cut it off before its end."""
+    """`(N,)` whether a blank is followed by `eop`; the window may end before it does."""
 
 
 def draw_word_spans(lengths: np.ndarray, recipe: InfillingRecipe, keys: np.ndarray) -> Spans:
@@ -153,7 +153,7 @@ def draw_entries(counts: np.ndarray, wanted: np.ndarray, keys: np.ndarray, purpo
         counts: `(S,)` entries of the parts, below 2^16 each and less than 2^20 parts.
         wanted: `(S,)` entries to draw from each.
         keys: `(S,)` of the draws.
-        purpose: Of the draws.
+        purpose: Purpose of the draws, one of those in random_numbers.py.
 
     Returns:
         Indices of entries, part after part.
@@ -183,8 +183,8 @@ def mask_spans(
     Args:
         tokens: Texts of the row.
         lengths: `(S,)` of the texts.
-        spans: What becomes blanks.
-        mask_token_id: Of the kind of blank.
+        spans: Spans that become blanks.
+        mask_token_id: Id of the mask of this kind of blank.
         eos_token_id: Added to a context that ends neither in a mask nor in `</s>`.
         order: `(N,)` indices of the spans in the order in which they are to be filled, sample after sample.
     """

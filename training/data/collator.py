@@ -65,7 +65,7 @@ class DataCollatorForBlankInfilling:
     Args:
         config: Special ids and size of the vocabulary; a `GLMTokenizer` has them, too.
         recipe: Shares and lengths of the blanks.
-        seed: Of all draws.
+        seed: Seed of all random draws.
         sentence_end_ids: Tokens that end a sentence, for `[sMASK]` blanks; see `sentence_ends`.
         with_origin: Whether to return `objectives` and `sample_ids` `(B,)`, too, of features that have a `sample_id`.
         with_labels: Whether to return `labels`, and the column of padding that they may need.

@@ -22,7 +22,7 @@ def to_conversation(row: Mapping[str, Any]) -> dict[str, Any]:
          "completion": [{"role": "assistant", "content": "Paris"}]}
 
     Args:
-        row: One of these sets of fields; further ones, such as what a reward function needs, are kept.
+        row: Fields of one of these sets; further ones, such as what a reward function needs, are kept.
             `prompt` and `completion`, or `inputs` and `targets`, for SFT;
             `prompt`, `chosen` and `rejected` for DPO;
             `prompt` alone, or `inputs`, for GRPO;

@@ -38,7 +38,7 @@ class CorpusSource:
         targets: Field of what is to be written at its first mask.
         truncate_inputs: Whether to leave out the beginning of inputs that do not fit a row, which is an error else.
         name: Configuration of a dataset on the Hub.
-        split: Of a dataset on the Hub.
+        split: Split of a dataset on the Hub.
     """
 
     path: str

@@ -23,10 +23,10 @@ class CorpusRows:
     The rows of one corpus, epoch after epoch, each in an order of its own.
 
     Args:
-        corpus: Its tokens.
-        recipe: How rows are made.
+        corpus: Tokenized corpus.
+        recipe: Recipe by which rows are made.
         join_documents: Whether documents are joined to full rows; instructions never are.
-        seed: Of objectives and orders.
+        seed: Seed of objectives and orders.
     """
 
     def __init__(self, corpus: TokenFile, recipe: InfillingRecipe, join_documents: bool, seed: Sequence[int]) -> None:
@@ -88,14 +88,14 @@ class BlankInfillingDataset(Dataset):
     of rows, give or take a few, after which every corpus was seen at least once under the shares of the first row.
 
     Args:
-        corpora: What the rows come from.
-        recipe: How they are made.
+        corpora: Corpora that the rows come from.
+        recipe: Recipe by which rows are made.
         weights: Shares of the tokens, among texts and among instructions, in proportion to each other; by default the
             number of tokens, so that every corpus of a kind is seen equally often.
-        join_documents: Of each corpus, whether its documents are joined to full rows.
+        join_documents: Whether the documents of each corpus are joined to full rows.
         instruction_share: Share of the tokens that come from instructions, by row; the default is 5% where there are
             both kinds.
-        seed: Of objectives, orders and mixture.
+        seed: Seed of objectives, orders and mixture.
 
     Raises:
         ValueError: If there is no corpus, or the share is not in `[0, 1]`.

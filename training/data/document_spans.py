@@ -23,7 +23,7 @@ def keep_inside_documents(spans: Spans, lengths: np.ndarray, is_end: np.ndarray,
     it fits anywhere, and takes the longest place otherwise. Only a text of nothing but ends keeps an end as its blank.
 
     Args:
-        spans: In texts of several documents.
+        spans: Spans in texts of several documents.
         lengths: `(S,)` of the texts.
         is_end: `(sum of lengths,)` bool, whether a token is the `</s>` of a document.
         keys: `(S,)` of all draws.
@@ -67,10 +67,10 @@ class Taken:
     The places of a text that are taken.
 
     Args:
-        starts: Of its spans, ascending.
-        lengths: Of its spans.
-        ends: Of documents in it, ascending.
-        first: Its first token.
+        starts: Starts of the spans of the text, ascending.
+        lengths: Lengths of the spans of the text.
+        ends: Ends of the documents in the text, ascending.
+        first: Index of the first token of the text.
         past: The token behind its last.
     """
 

@@ -1,9 +1,9 @@
 """Which texts stand together in a row.
 
-A corpus is cut in one of two ways. Documents that are joined form one stream, each followed by `</s>`, and a row is a
-piece of it that fills the row exactly, as in the pre-training of GLM-130B. Documents that stay apart are samples of
-their own, which see nothing of each other; only a document longer than a window is cut. Either way every token of the
-corpus is in exactly one row of an epoch.
+A corpus is split in one of two ways. Documents that are joined form one stream, each followed by `</s>`, and a row is
+a piece of it that fills the row exactly, as in the pre-training of GLM-130B. Documents that stay apart are samples of
+their own, which see nothing of each other; only a document longer than a window is split. Either way every token of
+the corpus is in exactly one row of an epoch.
 """
 
 from dataclasses import dataclass
@@ -37,8 +37,8 @@ def next_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
     Pack items in their order, beginning a new row with each that does not fit.
 
     Args:
-        lengths: Of the items, at most `capacity` each.
-        capacity: Of a row.
+        lengths: Lengths of the items, at most `capacity` each.
+        capacity: Number of tokens that fit a row.
 
     Returns:
         Index of the first item of every row, and the number of items at the end.
@@ -119,7 +119,7 @@ def plan_joined(num_tokens: int, recipe: InfillingRecipe, rng: np.random.Generat
     Cut a stream of documents into rows that are full, whatever their objective.
 
     Args:
-        num_tokens: Of the stream.
+        num_tokens: Number of tokens of the stream.
         recipe: Shares of the objectives and lengths of their texts.
         rng: Source of the objective of every row and of their order.
     """

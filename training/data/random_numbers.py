@@ -17,7 +17,7 @@ def keys_of(seed: int, sample_ids: np.ndarray, numbers: np.ndarray) -> np.ndarra
     Return a key for each sample.
 
     Args:
-        seed: Of the run.
+        seed: Seed of the run.
         sample_ids: `(S,)` of the rows that hold the samples.
         numbers: `(S,)` of the samples in their rows.
     """

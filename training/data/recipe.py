@@ -25,7 +25,7 @@ class InfillingRecipe:
         mask_probability: Share of rows with `[MASK]` blanks, in `[0, 1]`.
         smask_probability: Share of rows with `[sMASK]` blanks, whole sentences. All other rows have a `[gMASK]`.
         span_share: Share of a sample's tokens that its `[MASK]` or `[sMASK]` blanks cover, in `(0, 0.5]`.
-        mean_span_length: Mean of the Poisson distribution of `[MASK]` lengths, before its cut to the limits.
+        mean_span_length: Mean of the Poisson distribution of `[MASK]` lengths, before it is truncated to the limits.
         min_span_length: Shortest `[MASK]`.
         max_span_length: Longest `[MASK]`; no limit by default.
         min_blank_length: Shortest `[gMASK]`, whose length is uniform.

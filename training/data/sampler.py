@@ -17,7 +17,7 @@ class StepSampler(Sampler[list[int]]):
     Args:
         batch_sizes: `(steps,)` samples of every step on all processes.
         skipped: Ranges `[first, end)` of samples to leave out.
-        rank: Of the process.
+        rank: Rank of the process among those with samples of their own.
         world_size: Number of processes, among which every step is shared equally.
 
     Raises:
@@ -53,8 +53,8 @@ class ShuffledEpochs(Dataset):
     An ordinary dataset as an endless one: item `n` is from epoch `n // len`, each epoch in an order of its own.
 
     Args:
-        dataset: Of dicts, with a length.
-        seed: Of the orders.
+        dataset: Dataset of dicts, with a length.
+        seed: Seed of the orders.
     """
 
     def __init__(self, dataset: Any, seed: int) -> None:

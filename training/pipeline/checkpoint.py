@@ -1,12 +1,12 @@
-"""Checkpoints of 3D-parallel training: DeepSpeed's, which a run goes on from with any degrees of parallelism.
+"""Checkpoints of 3D-parallel training: DeepSpeed's, from which a run resumes with any degrees of parallelism.
 
 Layout of a checkpoint, besides what the trainer adds:
     config.json        the model
     parallel.json      the degrees it was saved with
     latest             the name of the folder of DeepSpeed's files:
     global_stepN/      layer_*: weights, a file per part of the model and tensor-parallel rank, in the training's dtype
-                       mp_rank_*: the engine's state; *_optim_states.pt: fp32 weights and moments, cut by ZeRO
-    global_stepN_universal/   the same cut by nothing, made when a run with other degrees goes on from here
+                       mp_rank_*: the engine's state; *_optim_states.pt: fp32 weights and moments, sharded by ZeRO
+    global_stepN_universal/   the same unsharded, made when a run with other degrees resumes from here
 
 Files are read as tensors and a short list of plain types; a file that would run code is refused.
 """
@@ -108,7 +108,8 @@ def _make_universal(folder: Path, tag: str) -> str:
 
 def convert_to_universal(src: Path, dst: Path) -> None:
     """Write DeepSpeed's files unsharded, in a process of its own; the folder appears when it is complete."""
-    with AtomicFolder(dst.absolute()).writing() as folder:
+    dst = dst.absolute()
+    with AtomicFolder(dst, home=dst.with_name(f".{dst.name}.partial")).writing() as folder:
         command = [sys.executable, "-m", "glm_hf.training.pipeline.checkpoint", str(src), str(folder)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -118,7 +119,7 @@ def convert_to_universal(src: Path, dst: Path) -> None:
 
 
 def universal_info(config: GLMConfig) -> dict[str, Any]:
-    """Return what DeepSpeed has to know of a pipeline's parameters to join what was cut, from the shard rules."""
+    """Return what DeepSpeed has to know of a pipeline's parameters to merge shards, from the shard rules."""
 
     def patterns(wanted: ShardRule) -> list[str]:
         names = [name for name, rule in SHARD_RULES.items() if rule == wanted and not name.startswith("model.")]
@@ -156,7 +157,7 @@ def only_plain_types() -> Iterator[None]:
 
 
 def main() -> None:
-    """Cut the files in one folder by nothing, and write them to another."""
+    """Write the files of one folder unsharded to another."""
     from deepspeed.checkpoint import ds_to_universal
 
     src, dst = sys.argv[1:]

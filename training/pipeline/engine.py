@@ -1,7 +1,7 @@
 """DeepSpeed's pipeline engine as GLM is trained with it: its configuration, its start, and a look before each update.
 
 ZeRO stage 1 always: without it, the engine's clipping and norms leave out parameters that several ranks hold. Higher
-stages cut gradients that a pipeline still adds to.
+stages shard gradients that a pipeline still adds to.
 """
 
 import json
@@ -47,7 +47,7 @@ def deepspeed_3d_config(
         global_batch_size: Samples of a step; by default one per copy and stage, the least that keeps all stages busy
             at once.
         precision: `"fp16"`, `"bf16"` or `"fp32"`; in 16 bits, the optimizer keeps fp32 weights.
-        max_grad_norm: Where gradients are clipped, 0 for no clipping.
+        max_grad_norm: Norm at which gradients are clipped, 0 for no clipping.
         base: Further keys of DeepSpeed, or a JSON file of them; those above win.
 
     Raises:
@@ -118,7 +118,7 @@ def check_before_update(engine: Any, may_update: Callable[[], bool]) -> None:
     Ask `may_update` before every update, when the gradients of a step are reduced but not clipped.
 
     Args:
-        engine: Of a pipeline.
+        engine: Engine of a pipeline.
         may_update: Called on all ranks at the same time, which must agree; False leaves the update out.
     """
     optimizer = engine.optimizer
@@ -145,7 +145,7 @@ def global_norm(engine: Any) -> float:
 
 def squared_norm(engine: Any, parameter: torch.Tensor) -> torch.Tensor:
     """Return the squared norm of this process's part of a gradient before an update, without a loss scale."""
-    fragment = parameter._hp_mapping  # type: ignore[attr-defined]  # None if other copies of the model update it
+    fragment = parameter._hp_mapping  # type: ignore[attr-defined]  # None if other replicas update it
     if fragment is None:
         return torch.zeros((), device=parameter.device)
     gradient = fragment.get_lp_grad_fragment(parameter._index_in_param_group)  # type: ignore[attr-defined]

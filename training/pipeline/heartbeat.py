@@ -1,7 +1,8 @@
 """Heartbeats of all ranks, so that one that dies ends the run with a message that names it.
 
-What gloo reports then names nobody, and NCCL only hangs. The ranks write to the store of the process group instead,
-each by a client of its own. Keys, under a prefix of this heartbeat:
+What gloo reports then names nobody, and NCCL only hangs. The supervision of torchrun sees processes that end, not
+ranks that hang, and only where torchrun is the launcher, which DeepSpeed's own is not. So the ranks write to the store
+of the process group, each by a client of its own. Keys, under a prefix of this heartbeat:
 
 `beat/RANK`: a counter; 0 before the rank has entered, -1 once it is done
 `name/RANK`: the rank, its host and its process, in words
@@ -43,7 +44,7 @@ class Heartbeat:
     Without several processes, or with a store that is a file, nothing is watched.
 
     Args:
-        rank: Of this process.
+        rank: Rank of this process.
         world_size: Number of processes.
         interval: Seconds between two beats.
         patience: Seconds without a beat after which a rank counts as dead: more than Python's lock is ever held.
@@ -184,8 +185,8 @@ class View:
     Args:
         verdict: Empty while all is well.
         settled: Number of ranks that need the store no more.
-        processes: Of the other ranks on this machine.
-        beats: Of the ranks that this one watches: of all for rank 0, and of rank 0 for the others.
+        processes: Processes of the other ranks on this machine.
+        beats: Heartbeats of the ranks that this one watches: of all for rank 0, and of rank 0 for the others.
     """
 
     verdict: str
@@ -228,7 +229,7 @@ class Board:
             self.store.add("settled", 1)
 
     def leave(self) -> None:
-        """Mark this rank as done; rank 0 goes on beating for the others."""
+        """Mark this rank as done; rank 0 keeps beating for the others."""
         if self.rank > 0:
             self.store.set(f"beat/{self.rank}", "-1")
         self.settle(self.rank)

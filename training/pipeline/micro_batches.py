@@ -45,7 +45,7 @@ def pad_batch(batch: Batch, num_rows: int, length: int, pad_token_id: int) -> Ba
         batch: Tensors `(B, L)` and `(B,)`.
         num_rows: Rows of the result.
         length: Length of the result.
-        pad_token_id: Of `input_ids`.
+        pad_token_id: Id that fills `input_ids` up.
     """
     fill = {"input_ids": pad_token_id, "shift_labels": IGNORED, "sample_ids": NO_SAMPLE}
     padded = {}
@@ -71,7 +71,7 @@ def micro_batches(
 
     Args:
         pieces: Batches, each with its factor.
-        pad_token_id: As in `pad_batch`.
+        pad_token_id: Id that fills `input_ids` up.
     """
     num_rows, length = common_shape([piece for piece, _ in pieces])
     for piece, factor in pieces:

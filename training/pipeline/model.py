@@ -1,11 +1,11 @@
-"""GLM as a pipeline: the layers of `modeling_glm`, a stage of them per process, cut over tensor-parallel ranks.
+"""GLM as a pipeline: the layers of `modeling_glm`, a stage of them per process, sharded over tensor-parallel ranks.
 
 Between stages travel the hidden states `(B, L, D)` and, as integers in one piece, what mask and positions follow from:
 the layout `(3, B, L)` of `input_ids`, `position_ids` and `segment_ids`. The head is part of the loss, which needs the
 logits of predicted tokens only.
 
 DeepSpeed numbers the parts of the model, which is how checkpoints name them: 0 the embedding, 1 to `num_layers` the
-layers, then the final norm and the output matrix, which is the embedding again when they are tied.
+layers, then the final norm and the LM head, which is the embedding again when they are tied.
 
 Importing this file imports DeepSpeed.
 
@@ -61,18 +61,18 @@ class _TiedPart(TiedLayerSpec):
 
 class GLMPipeline(PipelineModule):
     """
-    One process's share of GLM: a stage, cut over the tensor-parallel ranks, with weights that are still to be filled.
+    One process's share of GLM: a stage, sharded over the tensor-parallel ranks, whose weights are still to be filled.
 
     Args:
-        config: The model.
+        config: Configuration of the model.
         parallel: Degrees of parallelism; there must be as many processes.
-        dtype: Of the weights.
+        dtype: Dtype of the weights.
 
     Attributes:
         config: The model's configuration.
         ranks: The tensor-parallel ranks of this process.
         observe: Called with the losses `(N,)` of a micro-batch and its labels, on the last stage.
-        label_smoothing: Share of the loss that is spread over the vocabulary, in `[0, 1]`.
+        label_smoothing: Share of the loss that is distributed over the vocabulary, in `[0, 1]`.
 
     Raises:
         ValueError: If the model cannot be spread in this way.

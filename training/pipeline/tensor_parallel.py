@@ -1,4 +1,4 @@
-"""The layers of the model cut over tensor-parallel ranks, by the table that conversion cuts checkpoints with.
+"""The layers of the model, sharded over tensor-parallel ranks by the table that conversion uses for checkpoints.
 
 A layer needs two sums over its ranks in each direction: a row-parallel linear adds up its outputs in the forward pass,
 a column-parallel one the gradients of its input in the backward pass. What both passes hold whole (norms, biases of
@@ -103,11 +103,11 @@ class RowParallelLinear(nn.Linear):
 
 class VocabParallelEmbedding(nn.Module):
     """
-    An embedding, and an output matrix, of which every rank has `V/n` rows: weight `(V/n, D)`.
+    An embedding, and an LM head, of which every rank has `V/n` rows: weight `(V/n, D)`.
 
     Args:
         config: Sizes.
-        ranks: Of the layer.
+        ranks: Ranks that hold the layer together.
     """
 
     def __init__(self, config: GLMConfig, ranks: TensorGroup) -> None:
@@ -163,8 +163,8 @@ def shard_layer(layer: GLMLayer, ranks: TensorGroup) -> GLMLayer:
     Replace the linears of a layer on meta by those of one rank, and return the layer.
 
     Args:
-        layer: Of the model, whole and on meta.
-        ranks: Of the layer.
+        layer: Layer of the model, whole and on meta.
+        ranks: Ranks that hold the layer together.
     """
     if ranks.size > 1:
         for name, linear in [
@@ -187,8 +187,8 @@ def mark_sharded(module: nn.Module, prefix: str, ranks: TensorGroup) -> None:
 
     Args:
         module: Cut over the ranks.
-        prefix: Of its parameters' names in the model.
-        ranks: Of the layer.
+        prefix: Prefix of its parameters' names in the model.
+        ranks: Ranks that hold the layer together.
     """
     for name, parameter in module.named_parameters():
         is_cut = ranks.size > 1 and shard_rule(prefix + name) != REPLICATED

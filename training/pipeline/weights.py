@@ -40,7 +40,7 @@ def own_shard_block(parameter: torch.Tensor, rule: ShardRule, block: int) -> tor
 
 
 def whole_span(length: int, rule: ShardRule, block: int, size: int, rank: int) -> slice:
-    """Return where a rank's share of a block lies along the cut dimension, of `length`, of the whole tensor."""
+    """Return where a rank's share of a block lies along the sharded dimension, of `length`, of the whole tensor."""
     width = length // (rule.blocks * size)
     start = (block * size + rank) * width
     return slice(start, start + width)
@@ -52,8 +52,8 @@ def load_folder(pipeline: GLMPipeline, folder: str | Path) -> None:
     Read this process's part of every weight of a model folder, as the converter and `save_pretrained` write it.
 
     Args:
-        pipeline: To be filled.
-        folder: Of a model with the pipeline's sizes.
+        pipeline: Stage to be filled.
+        folder: Folder of a model with the pipeline's sizes.
 
     Raises:
         FileNotFoundError: If a file is missing.

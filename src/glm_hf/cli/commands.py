@@ -19,7 +19,7 @@ def add_command(
     Add a subcommand.
 
     Args:
-        commands: What `add_subparsers` returned.
+        commands: Group of subcommands, as `add_subparsers` returns it.
         name: Name of the subcommand.
         run: Function that takes the parsed options and does the work.
         text: Help in one sentence.

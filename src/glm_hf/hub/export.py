@@ -123,7 +123,7 @@ def export_hub_folder(src: str | Path, dst: str | Path, *, push_to: str | None =
         src: Folder of a model with its tokenizer, made by the converter or by `save_pretrained`.
         dst: Folder to create; may exist if it is empty.
         push_to: Repository `"owner/name"` on the Hub, created if it does not exist. Login, and whether a new
-            repository is private, are huggingface_hub's and the account's. An interrupted upload goes on with
+            repository is private, are huggingface_hub's and the account's. An interrupted upload is resumed by
             `hf upload REPO DST`.
 
     Raises:

@@ -16,8 +16,8 @@ class Device:
     A place for layers.
 
     Attributes:
-        name: As in a device_map: the index of a GPU, "cpu" or "disk".
-        num_bytes: Its size, None for no limit.
+        name: Name in a device_map: the index of a GPU, "cpu" or "disk".
+        num_bytes: Size of its memory, None for no limit.
     """
 
     name: int | str

@@ -1,6 +1,6 @@
 """Which device holds which layers, so that the fullest one keeps as much memory free as possible.
 
-Layers keep their order. Embedding, output matrix and last norm are placed once: accelerate, asked to put a tied weight
+Layers keep their order. Embedding, LM head and last norm are placed once: accelerate, asked to put a tied weight
 on two devices, ties it again after placing it, and the first forward pass misses the weight. Layers on the host or the
 disk are computed by the first GPU, which holds their cache, and one of their weights at a time.
 """
@@ -24,7 +24,7 @@ from glm_hf.planning.memory import (
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a candidate has embedding and output matrix, as indices of devices, and how many layers it offloads."""
+    """Where a candidate has embedding and LM head, as indices of devices, and how many layers it offloads."""
 
     embedding: int
     head: int
@@ -94,7 +94,7 @@ def layouts(request: Request) -> Iterator[Layout]:
 
 
 def other_modules(request: Request, layout: Layout, index: int) -> dict[str, int]:
-    """Return the bytes of the modules beside layers that a device holds; the last norm sits with the output matrix."""
+    """Return the bytes of the modules beside layers that a device holds; the last norm sits with the LM head."""
     config, embedding = request.config, embedding_bytes(request)
     modules = (
         {"model.embed_tokens": embedding, "model.rotary_emb": 2 * config.head_dim} if index == layout.embedding else {}

@@ -6,7 +6,7 @@
     naive  One micro-batch at a time goes forward and backward: at any time one stage computes.
 
 A pass begins when its stage is free and its input has come. What a stage sends is under way for `transfer`, meanwhile
-the stage goes on. Times are in the unit of the durations; integers stay integers.
+the stage continues. Times are in the unit of the durations; integers stay integers.
 
 Source: GLM-130B (arXiv 2210.02414), appendix B.4; PipeDream-Flush (arXiv 2006.09503).
 """
@@ -23,8 +23,8 @@ class Pass:
     A micro-batch on a stage.
 
     Attributes:
-        stage: From 0.
-        micro_batch: From 0.
+        stage: Number of the stage, from 0.
+        micro_batch: Number of the micro-batch, from 0.
         is_forward: Forward, else backward.
         start: When it begins.
         end: When it ends.
@@ -104,10 +104,10 @@ def simulate(
 
     Args:
         forward: Duration of a micro-batch's forward pass on every stage.
-        backward: The same of the backward pass, what is recomputed for it included.
-        num_micro_batches: Of the step.
+        backward: Duration of the backward pass on every stage, recomputation included.
+        num_micro_batches: Number of micro-batches of the step.
         transfer: Time that states or gradients take from a stage to its neighbour.
-        schedule: One of `SCHEDULES`.
+        schedule: Name of the schedule, one of `SCHEDULES`.
 
     Raises:
         ValueError: If there is no stage or no micro-batch, or the schedule is unknown.

@@ -28,7 +28,7 @@ def plot_timeline(run: PipelineRun, path: str | Path, title: str) -> None:
     Write the plot of a step to a PNG file.
 
     Args:
-        run: Of a step, in seconds.
+        run: Passes of a step, in seconds.
         path: File to be written.
         title: Goes on top, before the share of waiting.
     """

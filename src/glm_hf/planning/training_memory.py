@@ -1,26 +1,26 @@
 """How many bytes a GPU holds in 3D training: weights, gradients, optimizer, activations and buffers of its stage.
 
 `B` micro-batch, `L` length, `T = B * L` tokens, `D` hidden, `F` inner width of the MLP, `H` heads, `K` head dim, `V`
-vocabulary, `n` tensor-parallel ranks, `d` copies of the model, `N` predicted tokens of a micro-batch, `e` bytes of a
-number in the model's dtype, `P` numbers of the parameters that a rank holds, cut by conversion/shard_rules.py. The
-first stage has the embedding, the last the final norm and the output matrix, a copy of the embedding when tied.
+vocabulary, `n` tensor-parallel ranks, `d` replicas, `N` predicted tokens of a micro-batch, `e` bytes of a
+element in the model's dtype, `P` elements of the parameters that a rank holds, by sharding/rules.py. The
+first stage has the embedding, the last the final norm and the LM head, a replica of the embedding when tied.
 
 weights      `P * e`, in one piece that is padded to a multiple of `2d` per group of the optimizer (with weight decay
              and without).
-gradients    `P * e`: ZeRO-1 cuts the optimizer only.
+gradients    `P * e`: ZeRO-1 shards the optimizer only.
 optimizer    `12 * P / d`: master weights in fp32, also of weights in fp32, and two moments.
 activations  What a stage keeps of every micro-batch in flight, and what the backward pass of one adds to it.
-             Kept by a layer, as autograd's graph tells, in numbers of `e` bytes per token
+             Kept by a layer, as autograd's graph tells, in elements of `e` bytes per token
                  4D           input, both normed states, sum behind attention
                  6D/n         qkv, rotated query and key, output of attention
                  4F/n         both halves of the up-projection, gelu, product
              `4 * (4 + H/n)` bytes per token of norms and softmax, `2D` bytes per token of dropout (one per number, as
-             GPUs draw it), and the mask in numbers, `B * L * L * e`. With checkpointing, the input, `T * D * e`.
+             GPUs draw it), and the mask, `B * L * L * e`. With checkpointing, the input, `T * D * e`.
              Kept by a stage: the mask `B * L * L`, cosines and sines `2 * T * K * e`, ids `3 * 8 * T`; what it
              received and what it sent, `T * D * e` each. By the last: input and output of the norm, the latter of two
-             micro-batches, and of the output matrix its input `N * D * e` and probabilities `4 * N * V/n`.
+             micro-batches, and of the LM head its input `N * D * e` and probabilities `4 * N * V/n`.
              Added: a layer's own with checkpointing, and the widest moment of its backward pass, of the MLP; or that
-             of the output matrix, three copies of the logits in fp32.
+             of the LM head, three copies of the logits in fp32.
 buffers      In computing, what is received, `T * D * e` each way, and the gradient of the largest parameter before it
              is added. Memory must also do for two other moments, when activations are gone; what these take more
              counts as buffers:
@@ -58,7 +58,7 @@ class Shape:
         config: The model.
         parallel: Degrees of parallelism.
         micro_batch: Samples that go through the pipeline at once.
-        num_micro_batches: Of a step.
+        num_micro_batches: Number of micro-batches of a step.
         sequence: Tokens of a sample.
         precision: "fp16", "bf16" or "fp32".
         target_share: Share of the tokens that are predicted.
@@ -100,10 +100,10 @@ class StageMemory:
 
     Attributes:
         weights: Module weights.
-        gradients: Of all of them.
+        gradients: Gradients of all parameters.
         optimizer: Master weights and moments.
-        activations: At the widest moment of a backward pass.
-        buffers: What the fullest moment takes besides.
+        activations: Activations at the widest moment of a backward pass.
+        buffers: Everything else that the fullest moment takes.
         moments: The sum at each moment; `total` is the largest.
     """
 
@@ -121,7 +121,7 @@ class StageMemory:
 
 
 def layer_parameters(shape: Shape) -> Iterator[tuple[str, int]]:
-    """Yield the parameters of a layer in the model's order, each with the numbers of it that a rank holds."""
+    """Yield the parameters of a layer in the model's order, each with the elements of it that a rank holds."""
     config, linears = shape.config, linear_shapes(shape.config)
     for norm, names in {
         "input_layernorm": ("attention.query_key_value", "attention.dense"),
@@ -135,7 +135,7 @@ def layer_parameters(shape: Shape) -> Iterator[tuple[str, int]]:
 
 
 def stage_parameters(shape: Shape, stage: int) -> list[tuple[str, int]]:
-    """Return the parameters of a stage as the optimizer goes through them, each with a rank's numbers of it."""
+    """Return the parameters of a stage as the optimizer goes through them, each with a rank's elements of it."""
     config, parallel = shape.config, shape.parallel
     last, tied = stage == parallel.pp_size - 1, config.tie_word_embeddings
     matrix = config.vocab_size // parallel.tp_size * config.hidden_size
@@ -206,8 +206,8 @@ def stage_memory(shape: Shape, stage: int, in_flight: int, checkpointing: bool) 
     Return the bytes of one GPU of a stage.
 
     Args:
-        shape: Of the run.
-        stage: From 0.
+        shape: Sizes of the run.
+        stage: Number of the stage, from 0.
         in_flight: Micro-batches that the stage keeps at once.
         checkpointing: Whether layers are computed again in the backward pass instead of being kept.
     """

@@ -1,20 +1,20 @@
 """How long a step of 3D training takes and how much every GPU sends, from the peak and the links of a stated GPU.
 
 `T` tokens of a micro-batch, `L` length, `D` hidden, `F` inner width of the MLP, `V` vocabulary, `n` tensor-parallel
-ranks, `d` copies of the model, `m` micro-batches, `N` predicted tokens of one, `e` bytes of a number in the model's
-dtype, `P` numbers of the parameters that a rank holds.
+ranks, `d` replicas, `m` micro-batches, `N` predicted tokens of one, `e` bytes of an element in the model's
+dtype, `P` elements of the parameters that a rank holds.
 
 operations  Of a layer forward, over its ranks: `T * (2 * (4D^2 + 3DF) + 4DL)`, twice that backward, and forward once
-            more with checkpointing. Of the output matrix: `2NVD` forward, twice that backward.
+            more with checkpointing. Of the LM head: `2NVD` forward, twice that backward.
 sent        By one GPU in a step, where an all-reduce over `k` ranks sends `2 (k-1)/k` times its size:
             tensor    `m * T * D * e` all-reduced twice per layer in each pass, the repeated one included; once by the
-                      embedding forward; `N * D * e` and `12 * N` by the output matrix
+                      embedding forward; `N * D * e` and `12 * N` by the LM head
             pipeline  `T * D * e` and, forward, three ids of 8 bytes per token, to each neighbour
             data      `P * e` all-reduced, though a rank needs a part only (DeepSpeed's default in ZeRO-1); then
                       `(d-1)/d * P * e`, the weights
             tied      `V/n * D * e` between the first stage and the last
 time        Operations at `compute_efficiency` of the peak, bytes at `link_efficiency` of a link. All-reduces of
-            layers stop computation; between stages, states travel while a stage goes on if it can. What follows the
+            layers stop computation; between stages, states travel while a stage continues if it can. What follows the
             pipeline (tied, data) is not overlapped. The update itself takes milliseconds and is left out.
 
 Ranks stand as `ParallelDegrees` numbers them, and a group within one node uses the links of the node.
@@ -39,12 +39,12 @@ class Gpu:
     A kind of GPU and how it is linked to others.
 
     Attributes:
-        name: For people.
+        name: Name of the kind, such as A100-40GB.
         tflops: Peak in 16 bits, 10^12 operations per second.
-        tflops_fp32: The same in fp32.
+        tflops_fp32: Peak in fp32, 10^12 operations per second.
         memory: Bytes.
-        node_bandwidth: To GPUs of the same node, each way, 10^9 bytes per second.
-        link_bandwidth: To other nodes, per GPU, each way, 10^9 bytes per second.
+        node_bandwidth: Bandwidth to GPUs of the same node, each way, 10^9 bytes per second.
+        link_bandwidth: Bandwidth to other nodes, per GPU and each way, 10^9 bytes per second.
         gpus_per_node: GPUs of a node.
     """
 
@@ -128,7 +128,7 @@ def layer_operations(shape: Shape) -> int:
 
 
 def head_operations(shape: Shape) -> int:
-    """Return the operations of the output matrix's forward pass on a micro-batch, over its ranks."""
+    """Return the operations of the LM head's forward pass on a micro-batch, over its ranks."""
     return 2 * shape.num_targets * shape.config.vocab_size * shape.config.hidden_size
 
 

@@ -1,13 +1,13 @@
-"""How DeepSpeed's ZeRO-1 cuts the optimizer, and what it holds while it averages gradients over copies of the model.
+"""How DeepSpeed's ZeRO-1 shards the optimizer, and what it holds while it averages gradients over replicas.
 
-An optimizer group is flat: its parameters one behind the other, cut in equal parts for the copies. At the end of a
-step gradients are averaged in buckets, group by group:
+An optimizer group is flat: its parameters one behind the other, split into equal shards for the replicas. At the end
+of a step gradients are averaged in buckets, group by group:
 
     1. A gradient moves into the bucket, or stays where it is if it is larger than that. A full bucket is averaged.
-    2. What several copies update is sent together, joined in a new tensor, as much as a bucket would hold.
-    3. The gradients of parameters of which the copy itself updates any part are copied to a place for all of them.
+    2. What several replicas update is sent together, joined in a new tensor, as much as a bucket would hold.
+    3. The gradients of parameters of which the replica itself updates any part are copied to a place for all of them.
 
-All sizes are in numbers of the model's dtype.
+All sizes are in elements of the model's dtype.
 
 Source: DeepSpeed 0.19, runtime/zero/stage_1_and_2.py.
 """
@@ -17,11 +17,11 @@ from math import ceil
 
 from glm_hf.training.pipeline.engine import BUCKET_SIZE
 
-Slices = list[tuple[int, int]]  # (copy that updates it, numbers)
+Slices = list[tuple[int, int]]  # (replica that updates it, elements)
 
 
 def optimizer_groups(parameters: list[tuple[str, int]]) -> list[list[int]]:
-    """Return the numbers of parameters with weight decay and of those without, which are biases and norms."""
+    """Return the elements of parameters with weight decay and of those without, which are biases and norms."""
     is_plain = [not name.endswith("bias") and "norm" not in name for name, _ in parameters]
     return [
         [numbers for (_, numbers), plain in zip(parameters, is_plain, strict=True) if plain is wanted]
@@ -30,7 +30,7 @@ def optimizer_groups(parameters: list[tuple[str, int]]) -> list[list[int]]:
 
 
 def partition_size(group: list[int], copies: int) -> int:
-    """Return the numbers of a group that one copy updates, padding included."""
+    """Return the elements of a group that one replica updates, padding included."""
     return 2 * ceil(sum(group) / (2 * copies))
 
 
@@ -45,7 +45,7 @@ def slices_of(group: list[int], copies: int) -> list[Slices]:
 
 
 def touched_elements(groups: list[list[int]], copies: int) -> list[int]:
-    """Return, for every copy, the numbers of all parameters of which it updates any part."""
+    """Return, for every replica, the elements of all parameters of which it updates any part."""
     touched = [0] * copies
     for slices in (slices for group in groups for slices in slices_of(group, copies)):
         for copy, _ in slices:
@@ -54,7 +54,7 @@ def touched_elements(groups: list[list[int]], copies: int) -> list[int]:
 
 
 def reducing_elements(groups: list[list[int]], copies: int, bucket_size: int = BUCKET_SIZE) -> list[int]:
-    """Return, for every copy, the most that it holds while gradients are averaged, the gradients included."""
+    """Return, for every replica, the most that it holds while gradients are averaged, the gradients included."""
     buckets = _buckets([slices for group in groups for slices in slices_of(group, copies)], bucket_size)
     joined = [_joined(bucket, bucket_size) for bucket in buckets]
     held = [sum(map(sum, groups)) + bucket_size] * copies
@@ -89,7 +89,7 @@ def _buckets(parameters: list[Slices], bucket_size: int) -> list[list[Slices]]:
 
 
 def _joined(bucket: list[Slices], bucket_size: int) -> int:
-    """Return the largest tensor that is joined from the parts of several copies."""
+    """Return the largest tensor that is joined from the shards of several replicas."""
     parts = [part for slices in bucket for part in slices]
     runs = [sum(numbers for _, numbers in same) for _, same in groupby(parts, key=lambda part: part[0])]
     largest, joined = 0, []

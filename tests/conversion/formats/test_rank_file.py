@@ -71,7 +71,7 @@ def test_file_that_shrinks_while_it_is_read(src, tmp_path):
     rank = read_rank_file(path)
     path.write_bytes(path.read_bytes()[:20_000])
     tensor = rank.tensors["transformer.layers.2.mlp.dense_4h_to_h.weight"]
-    with pytest.raises(ValueError, match=r"mlp.dense_4h_to_h.weight is cut short; the file has changed or is damaged"):
+    with pytest.raises(ValueError, match=r"mlp.dense_4h_to_h.weight is truncated; the file has changed or is damaged"):
         RowReader(tensor).take(64)
 
 

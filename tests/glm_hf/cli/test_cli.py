@@ -214,7 +214,7 @@ def test_interrupted_conversion_goes_on_or_begins_again(run, config_file, tmp_pa
         patch.setattr("glm_hf.conversion.convert.write_index", interrupt)
         code, _, err = run(*command)
     assert code == 1
-    assert last_line(err) == "glm-hf: error: interrupted; 4 of 4 parts are finished; run the same command to go on"
+    assert last_line(err) == "glm-hf: error: interrupted; 4 of 4 parts are finished; run the same command to resume"
     code, _, err = run(*command, "--dtype", "float32")
     assert code == 1
     assert "had other options or another version of glm_hf; start again with resume=False (--no-resume)" in err

@@ -235,7 +235,7 @@ def test_a_model_that_cannot_be_spread_is_one_error_on_all_ranks(deep_folder, tm
     [error] = errors_of(with_config({"tp_size": 2}, num_attention_heads=1), 2, tmp_path / "heads")
     assert "tp_size must divide num_attention_heads (1), got 2" in error
     [error] = errors_of(with_config({"pp_size": 2}, num_hidden_layers=1), 2, tmp_path / "layers")
-    assert "pipeline must be at most the number of layers (1), got 2" in error
+    assert "pp_size must be at most the number of layers (1), got 2" in error
 
 
 @pytest.mark.parametrize(
