@@ -1,5 +1,7 @@
 """What TRL's trainers compute, against the model on rows laid out by hand."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
