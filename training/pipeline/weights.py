@@ -5,10 +5,9 @@ No process ever holds more than its own share and one tensor besides, or one fil
 Shapes: `n` tensor-parallel ranks.
 """
 
-import os
 import re
-import shutil
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,14 @@ from safetensors.torch import save_file
 from torch import distributed as dist
 from torch import nn
 
-from glm_hf.folders.atomic import sync_tree
+from glm_hf.folders.atomic import AtomicFolder
 from glm_hf.folders.model_folder import INDEX, weight_files, write_index, write_model_files
 from glm_hf.modeling_glm import GLMForBlankInfilling, GLMLayer, GLMModel
 from glm_hf.sharding.rules import ShardRule, shard_rule
 from glm_hf.training.pipeline.model import GLMPipeline
+
+STAGING = ".partial-model"
+WEIGHT_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|" + re.escape(INDEX))
 
 
 def named_weights(pipeline: GLMPipeline) -> Iterator[tuple[str, nn.Parameter]]:
@@ -125,9 +127,6 @@ def _drawn(model: GLMModel, module: nn.Module) -> nn.Module:
     return whole.apply(model._init_weights)  # children first, as the model does
 
 
-STAGING = ".partial-model"
-
-
 def save_folder(pipeline: GLMPipeline, dst: str | Path, *, max_shard_size: int | str = "5GB") -> None:
     """
     Write the model to a folder on a file system that all processes share; all of them call this.
@@ -135,26 +134,24 @@ def save_folder(pipeline: GLMPipeline, dst: str | Path, *, max_shard_size: int |
     Files appear when all of them are complete, and replace those of a model that is there.
 
     Args:
-        pipeline: A process's share.
-        dst: The folder; may hold other things, such as checkpoints.
+        pipeline: Stage of this process.
+        dst: Folder of the model; may hold other things, such as checkpoints.
         max_shard_size: Largest file in bytes, or a string such as `"5GB"`; a process holds one at a time in memory.
 
     Raises:
         OSError: If a file cannot be written.
     """
-    dst, rank = Path(dst), dist.get_rank()
-    staged = dst / STAGING
-    if rank == 0:
-        shutil.rmtree(staged, ignore_errors=True)
-        staged.mkdir(parents=True)
-    dist.barrier()
+    dst, is_first = Path(dst), dist.get_rank() == 0
+    target = AtomicFolder(
+        dst, home=dst / STAGING, work_name="model", completed_by="config.json", replaced_files=WEIGHT_FILES
+    )
     shards = plan_files(pipeline, max_shard_size)
-    _write_stage(pipeline, staged, shards)
-    dist.barrier()
-    if rank == 0:
-        _write_small_files(pipeline, staged, shards)
-        sync_tree(staged)
-        _replace_model(staged, dst)
+    with target.writing() if is_first else nullcontext(target.work) as staged:
+        dist.barrier()  # the hidden folder is there
+        _write_stage(pipeline, staged, shards)
+        dist.barrier()  # the files of all stages are in it
+        if is_first:
+            _write_small_files(pipeline, staged, shards)
     dist.barrier()
 
 
@@ -205,16 +202,3 @@ def _write_small_files(pipeline: GLMPipeline, folder: Path, shards: dict[str, li
     weights = model.state_dict()
     write_index(folder, {file: {name: weights[name] for name in names} for file, names in shards.items()})
     write_model_files(folder, model.config)
-
-
-def _replace_model(staged: Path, dst: Path) -> None:
-    """Move all files to their place, and remove the weights of an earlier model."""
-    files = {path.name for path in staged.iterdir()}
-    for path in dst.iterdir():
-        if path.name not in files and re.fullmatch(
-            r"model(-\d{5}-of-\d{5})?\.safetensors|" + re.escape(INDEX), path.name
-        ):
-            path.unlink()
-    for name in sorted(files):
-        os.replace(staged / name, dst / name)
-    staged.rmdir()

@@ -8,6 +8,7 @@ Beside the destination `NAME` lies a hidden folder `.NAME.partial` until the end
 
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +32,9 @@ class AtomicFolder:
         home: Hidden folder, on the same file system; a folder given here may hold nothing else.
         work_name: Name in `home` of the folder that is written.
         owns: Names of files in `home` that the caller keeps there.
+        completed_by: Name of the file that completes a destination which holds other things as well: it is removed
+            first, and moved there last. None for a destination that is a folder of its own.
+        replaced_files: Names of files in such a destination that the new ones replace.
     """
 
     def __init__(
@@ -41,8 +45,11 @@ class AtomicFolder:
         home: Path | None = None,
         work_name: str = "folder",
         owns: frozenset[str] = frozenset(),
+        completed_by: str | None = None,
+        replaced_files: re.Pattern[str] | None = None,
     ) -> None:
         self.dst, self.replaces = dst, replaces
+        self.completed_by, self.replaced_files = completed_by, replaced_files
         self.has_own_home = home is None
         self.home = dst.with_name(f".{dst.name}.partial") if home is None else home
         self.work = self.home / work_name
@@ -59,7 +66,7 @@ class AtomicFolder:
                 what no writer has left there.
             OSError: If another process is writing to the destination, or the disk is full.
         """
-        if not self.replaces:
+        if not self.replaces and self.completed_by is None:
             require_vacant(self.dst)
         with self.locked():
             self.clear()
@@ -105,10 +112,23 @@ class AtomicFolder:
     def publish(self) -> None:
         """Give the written folder its name once all of its bytes are on the disk."""
         sync_tree(self.work)
+        if self.completed_by is not None:
+            self._move_files(self.completed_by)
+            return
         if self.replaces and self.dst.exists():
             self.dst.rename(self.replaced)
         self.work.rename(self.dst)
         sync(self.dst.parent)
+
+    def _move_files(self, last: str) -> None:
+        """Move all files into the destination, which is never complete with files of two writers."""
+        (self.dst / last).unlink(missing_ok=True)
+        if (pattern := self.replaced_files) is not None:
+            for path in [path for path in self.dst.iterdir() if pattern.fullmatch(path.name)]:
+                path.unlink()
+        for path in sorted(self.work.iterdir(), key=lambda path: path.name == last):
+            path.replace(self.dst / path.name)
+        sync(self.dst)
 
     def give_back(self) -> None:
         """Give a destination that was about to be replaced its name again."""

@@ -1,6 +1,7 @@
 """Folders that appear whole: what killed, failing and concurrent writers leave."""
 
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -124,3 +125,37 @@ def test_every_byte_is_on_the_disk_before_the_name(tmp_path, monkeypatch):
     write(tmp_path / "out", "text")
     assert sorted(done[:3]) == ["file", "folder", "part"]
     assert done[3:] == ["rename to out", tmp_path.name]
+
+
+def write_into(dst: Path, files: dict[str, str]) -> None:
+    target = AtomicFolder(dst, home=dst / ".partial", completed_by="config", replaced_files=re.compile(r"model\d"))
+    with target.writing() as folder:
+        for name, content in files.items():
+            (folder / name).write_text(content)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in folder.iterdir() if path.is_file()}
+
+
+def test_files_replace_those_of_their_kind_in_a_folder_with_others(tmp_path):
+    write_into(tmp_path, {"config": "old", "model1": "old", "model2": "old"})
+    (tmp_path / "other").write_text("mine")
+    write_into(tmp_path, {"config": "new", "model1": "new"})
+    assert contents(tmp_path) == {"config": "new", "model1": "new", "other": "mine"}
+    assert not (tmp_path / ".partial").exists()
+
+
+@needs_fork
+@pytest.mark.parametrize("function", [(Path, "replace"), (Path, "unlink"), (atomic, "sync")])
+def test_a_folder_is_never_complete_with_files_of_two_writers(tmp_path, function):
+    old, new = ({"config": text, "model1": text, "model2": text} for text in ("old", "new"))
+    call = 0
+    while True:
+        write_into(tmp_path, old)
+        if not kill_at(call, *function, lambda: write_into(tmp_path, new)):
+            break
+        found = contents(tmp_path)
+        assert "config" not in found or found in (old, new)
+        call += 1
+    assert call > 1

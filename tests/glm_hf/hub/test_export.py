@@ -23,6 +23,7 @@ import glm_hf
 from glm_hf import GLMConfig, GLMForBlankInfilling
 from glm_hf.hub import export as hub_glm
 from glm_hf.hub.export import export_hub_folder
+from glm_hf.hub.model_card import SIZES
 from glm_hf.infilling_glm import prepare_context
 from glm_hf.tokenization_glm import GLMTokenizer
 
@@ -250,7 +251,7 @@ def test_the_card_states_the_size_of_this_model(source, exported):
 
 
 def test_the_card_of_a_model_of_the_released_size_has_its_licence(broken, tmp_path):
-    sizes = {name: getattr(GLMConfig(), name) for name in hub_glm.SIZES}
+    sizes = {name: getattr(GLMConfig(), name) for name in SIZES}
     edit_json(broken / "config.json", **sizes, max_position_embeddings=2048)
     export_hub_folder(broken, tmp_path / "released")
     card = ModelCard.load(tmp_path / "released" / "README.md")
@@ -379,7 +380,7 @@ def truncated(folder: Path) -> None:
         (without("model.safetensors.index.json"), FileNotFoundError, "has no model.safetensors"),
         (truncated, ValueError, "safetensors is damaged"),
         (lambda folder: (folder / "config.json").write_text("{"), ValueError, "config.json is not a JSON file"),
-        (lambda folder: edit_json(folder / "config.json", model_type="glm"), ValueError, "type glm130b, got glm"),
+        (lambda folder: edit_json(folder / "config.json", model_type="glm"), ValueError, "must hold a glm130b model, got glm"),
         (lambda folder: edit_json(folder / "config.json", hidden_size=63), ValueError, "is not valid: hidden_size"),
         (lambda folder: edit_json(folder / "config.json", quantization_config={"bits": 4}), ValueError, "quantized"),
     ],
