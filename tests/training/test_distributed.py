@@ -7,6 +7,7 @@ import pytest
 import torch
 from forked import run_ranks, start, wait
 from small_runs import SomeTwice, Texts, losses, make_trainer
+from torch import distributed as dist
 
 from glm_hf import GLMForBlankInfilling, GLMQuantizationConfig
 from glm_hf.training import DivergenceError, GLMTrainingArguments
@@ -34,6 +35,7 @@ def test_processes_without_a_device_know_of_each_other(tmp_path):
 
     def rank_main(rank: int) -> tuple[int, int]:
         args = GLMTrainingArguments(output_dir=str(tmp_path))
+        dist.barrier()  # or one that leaves disconnects the other, which may be connecting still
         return args.process_index, args.world_size
 
     assert run_ranks(rank_main, 2, tmp_path) == [(0, 2), (1, 2)]
