@@ -14,6 +14,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from glm_hf.configuration_glm import GLMConfig
 from glm_hf.folders.model_folder import read_config
+from glm_hf.sharding.degrees import ParallelDegrees
 from glm_hf.training.arguments import (
     MATRIX_FREE,
     REFUSED_3D,
@@ -66,6 +67,7 @@ class GLM3DTrainer(GLMTrainer):
 
     takes_parallel = True
     refused = REFUSED_3D
+    parallel: ParallelDegrees
     lr_scheduler: Any
 
     def __init__(

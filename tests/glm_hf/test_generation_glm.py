@@ -7,7 +7,7 @@ from golden import CONFIGS, golden_model
 from transformers import CompileConfig, DynamicCache, GenerationConfig, StoppingCriteria
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from glm_hf import GLMForMaskedLM
+from glm_hf import GLMForMaskedLM, generation_glm, masking_glm, positions_glm
 
 MODEL = golden_model("cfg1")
 CONFIG = MODEL.config
@@ -399,3 +399,17 @@ def test_offloaded_weights_fill_blanks(tmp_path):
         tmp_path / "model", device_map={"": "disk"}, offload_folder=tmp_path / "offload"
     )
     assert offloaded.fill_blanks(TEXTS, max_new_tokens=3) == MODEL.fill_blanks(TEXTS, max_new_tokens=3)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True}])
+def test_the_layout_is_computed_once_per_prefill(options, monkeypatch):
+    calls = []
+    for module in (generation_glm, masking_glm, positions_glm):
+        layout = module.infilling_layout
+        monkeypatch.setattr(module, "infilling_layout", lambda *args, f=layout: (calls.append(1), f(*args))[1])
+    generated((SHORT,), **options)
+    assert len(calls) == 1
+    calls.clear()
+    context = [83, 23, MASK, 53, MASK, 80, EOS]
+    assert len(MODEL.fill_blanks([context], max_new_tokens=3, **options).blanks[0]) == 2
+    assert len(calls) == 2  # one for each blank

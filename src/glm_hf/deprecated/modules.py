@@ -9,6 +9,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 RENAMED = {
+    "glm_hf.cache_glm": "glm_hf.positions_glm",
     "glm_hf.conversion.analysis_plots": "glm_hf.conversion.analysis.plots",
     "glm_hf.conversion.model_folder": "glm_hf.conversion.formats.safetensors_reader",
     "glm_hf.conversion.model_tensors": "glm_hf.conversion.formats.model_tensors",
@@ -28,8 +29,11 @@ RENAMED = {
     "glm_hf.memory": "glm_hf.planning.memory",
     "glm_hf.model_files": "glm_hf.folders.model_folder",
     "glm_hf.new_folder": "glm_hf.folders.atomic",
+    "glm_hf.parallel_glm": "glm_hf.versions_glm",
     "glm_hf.pipeline_glm": "glm_hf.pipelines.fill_mask",
     "glm_hf.placement": "glm_hf.planning.placement",
+    "glm_hf.prompts_glm": "glm_hf.infilling_glm",
+    "glm_hf.rows_glm": "glm_hf.filling_glm",
     "glm_hf.training.batches": "glm_hf.training.data.sampler",
     "glm_hf.training.blanks": "glm_hf.training.data.blanks",
     "glm_hf.training.checkpoint_3d": "glm_hf.training.pipeline.checkpoint",
@@ -57,8 +61,10 @@ RENAMED = {
     "glm_hf.training.stage_folder": "glm_hf.training.pipeline.weights",
     "glm_hf.training.stage_weights": "glm_hf.training.pipeline.weights",
     "glm_hf.training.tensor_parallel": "glm_hf.training.pipeline.tensor_parallel",
+    "glm_hf.training.throughput": "glm_hf.training.measurements",
     "glm_hf.training.timeline_plot": "glm_hf.planning.timeline",
     "glm_hf.training.token_file": "glm_hf.training.data.token_file",
+    "glm_hf.training.token_metrics": "glm_hf.training.token_loss",
     "glm_hf.training.zero": "glm_hf.training.deepspeed_zero",
 }
 """New names of modules by their old ones."""

@@ -8,6 +8,7 @@ from golden import DATA, golden_config
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, pipeline
 
+from glm_hf import GLMTokenizer
 from glm_hf.cli import main
 
 TEXT = "the people [MASK] the time"
@@ -232,3 +233,16 @@ def test_number_of_ranks_must_be_given(command, run, tmp_path, capsys):
         main([command, str(SAT), str(tmp_path / "x")])
     assert caught.value.code == 2
     assert "--tp-size" in capsys.readouterr().err
+
+
+def test_fill_encodes_every_text_once(run, model_folder, monkeypatch):
+    encoded, encode = [], GLMTokenizer._encode_plus
+
+    def noted(self, text, *args, **options):
+        encoded.append(text)
+        return encode(self, text, *args, **options)
+
+    monkeypatch.setattr(GLMTokenizer, "_encode_plus", noted)
+    texts = ["the time of [MASK] work", "people [MASK] time", "the work of [MASK] is [MASK]"]
+    assert run("fill", "--model", model_folder, *texts, "--max-new-tokens", 2)[0] == 0
+    assert encoded == texts

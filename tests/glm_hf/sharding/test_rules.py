@@ -1,7 +1,14 @@
+import importlib.util
+import sys
+
 import pytest
 import torch
 from golden import DATA
 
+from glm_hf import GLMConfig, GLMQuantizationConfig
+from glm_hf.planning import Device, plan_devices
+from glm_hf.planning.memory import linear_bytes, linear_shapes
+from glm_hf.sharding import rules
 from glm_hf.sharding.rules import COLUMN, GATED, REPLICATED, ROW, SHARD_RULES, shard_rule
 
 MATRIX = torch.arange(32).view(8, 4)
@@ -118,3 +125,30 @@ def test_row_parallel_biases_and_norms_are_replicated():
 def test_unknown_name_has_no_rule():
     with pytest.raises(KeyError, match="lm_head"):
         shard_rule("lm_head.bias")
+
+
+def test_all_who_shard_follow_the_plan_of_the_model():
+    """The plan is what transformers shards by; everything else is asked here, each by its own words."""
+    config = GLMConfig(num_hidden_layers=1)
+    for name, style in config.base_model_tp_plan.items():
+        linear = name.removeprefix("layers.*.")
+        is_row = style == "rowwise"
+        assert shard_rule(f"model.layers.0.{linear}.weight").dim == int(is_row)
+        assert (shard_rule(f"model.layers.0.{linear}.bias") == REPLICATED) == is_row
+        ranks = GLMQuantizationConfig(row_parallel_groups=4)  # scales of a model that was quantized rank by rank
+        assert ranks.num_groups(f"model.layers.0.{linear}", 64) == (4 if is_row else 1)
+        rows, columns = linear_shapes(config)[linear]
+        halved = plan_devices(config, [Device(0, 2**40), Device(1, 2**40)], tp_size=2).request
+        bias = rows * 2 if is_row else rows
+        assert linear_bytes(halved, 0, linear) == rows * columns + bias
+
+
+def test_a_change_of_the_plan_reaches_the_rules(monkeypatch):
+    plan = GLMConfig.base_model_tp_plan | {"layers.*.attention.dense": "colwise"}
+    monkeypatch.setattr(GLMConfig, "base_model_tp_plan", plan)
+    spec = importlib.util.spec_from_file_location("changed_rules", rules.__file__)
+    changed = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "changed_rules", changed)  # where dataclasses look for it
+    spec.loader.exec_module(changed)
+    assert changed.shard_rule("model.layers.3.attention.dense.bias") == changed.COLUMN
+    assert changed.ROW_PARALLEL == ("mlp.dense_4h_to_h",)
