@@ -1,14 +1,14 @@
 """Quantized linear layers on GPUs, by Triton kernels that read the stored layout of functional.py; import it lazily.
 
 Three ways, by the number of tokens M:
-    few     every program multiplies some rows by up to 8 tokens, over a part of the input features
-    some    the same in tiles for tensor cores, which Triton uses from compute capability 8.0 on
-    many    rows are decoded, some at a time, and multiplied by the vendor's library
+    gemv           every program multiplies some rows by up to 8 tokens, over a part of the input features
+    split_k_gemm   the same in tiles for tensor cores, which Triton uses from compute capability 8.0 on
+    decoded_gemm   rows are decoded, some at a time, and multiplied by the vendor's library
 All sum up in fp32, scale, add the bias and round once. The first two leave S parts of each sum, which another kernel
 adds up, always in the same order.
 
 Codes become fp32 without the conversion instruction, which is slow: around the bits of a code plus 8 (or 128, of 8
-bits), those of 2**23 make the fp32 number that is 2**23 greater.
+bits), those of 2**23 make the fp32 value that is 2**23 greater.
 
 Shapes: `M` tokens, `N` output features (rows), `K` input features, `G` groups of a row, `S` parts of a sum. A byte of
 a row holds one weight of 8 bits or two of 4; columns are counted in bytes.
@@ -19,10 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-FEW_TOKENS, SOME_TOKENS = 2, 64  # at most, where Triton uses tensor cores; instructions were counted, not clocks
-FEW_TOKENS_ELSEWHERE = 32
+GEMV_TOKENS, SPLIT_K_TOKENS = 2, 64  # at most, where Triton uses tensor cores; instructions were counted, not clocks
+GEMV_TOKENS_WITHOUT_TENSOR_CORES = 32
 TOKENS_AT_ONCE = 8  # that a program multiplies, of a few
-FEW_PROGRAMS, SOME_PROGRAMS = 12, 3  # per multiprocessor
+GEMV_PROGRAMS, SPLIT_K_PROGRAMS = 12, 3  # per multiprocessor
 SMALLEST_BLOCK = 16  # bytes of a row that a program reads at once, and that share a scale
 DECODED_BYTES = 64 * 2**20  # of a weight at once for many tokens; `glm-hf plan` counts them
 
@@ -40,12 +40,12 @@ def quantized_linear_triton(
         num_processors, has_tensor_cores = traits_of(x.device)
         has_tensor_cores = has_tensor_cores and x.dtype != torch.float32
         has_block = block_bytes(weight, weight_scale, SMALLEST_BLOCK) == SMALLEST_BLOCK
-        if has_block and len(tokens) <= (FEW_TOKENS if has_tensor_cores else FEW_TOKENS_ELSEWHERE):
-            out = multiply_few(*arguments, num_programs=num_processors * FEW_PROGRAMS)
-        elif has_block and len(tokens) <= SOME_TOKENS and has_tensor_cores:
-            out = multiply_some(*arguments, num_programs=num_processors * SOME_PROGRAMS)
+        if has_block and len(tokens) <= (GEMV_TOKENS if has_tensor_cores else GEMV_TOKENS_WITHOUT_TENSOR_CORES):
+            out = gemv(*arguments, num_programs=num_processors * GEMV_PROGRAMS)
+        elif has_block and len(tokens) <= SPLIT_K_TOKENS and has_tensor_cores:
+            out = split_k_gemm(*arguments, num_programs=num_processors * SPLIT_K_PROGRAMS)
         else:
-            out = multiply_many(*arguments)
+            out = decoded_gemm(*arguments)
     return out.view(*x.shape[:-1], len(weight))
 
 
@@ -70,7 +70,7 @@ def new_parts(x: Tensor, weight: Tensor, block: int, num_splits: int) -> tuple[T
     return x.new_empty(num_parts, len(x), len(weight), dtype=torch.float32), split_bytes
 
 
-def multiply_few(
+def gemv(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bits: int, bias: Tensor | None, *, num_programs: int
 ) -> Tensor:
     """Return `(M, N)` for a few tokens `(M, K)`, by about `num_programs` programs."""
@@ -80,7 +80,7 @@ def multiply_few(
     block_rows = min(128, tile // block)
     grid = triton.cdiv(len(weight), block_rows), triton.cdiv(len(x), tokens_at_once)
     parts, split_bytes = new_parts(x, weight, block, num_programs // grid[0])
-    few_kernel[(grid[0], len(parts), grid[1])](
+    gemv_kernel[(grid[0], len(parts), grid[1])](
         *(x, weight, weight_scale, parts, len(x), len(weight), weight.shape[1], weight_scale.shape[1], split_bytes),
         BITS=bits,
         IN_GROUPS=weight_scale.shape[1] > 1,
@@ -92,7 +92,7 @@ def multiply_few(
 
 
 @triton.jit
-def few_kernel(
+def gemv_kernel(
     x_pointer, weight_pointer, scale_pointer, parts_pointer,
     num_tokens, num_rows, row_bytes, num_groups, split_bytes,
     BITS: tl.constexpr, IN_GROUPS: tl.constexpr,
@@ -154,7 +154,7 @@ def add_products(totals, codes, x_pointer, token, start, end, row_bytes, BITS: t
     x = tl.load(x_pointer + token * row_bytes * 2 + features, mask=features < end * 2, other=0).to(tl.float32)
     even, odd = tl.split(tl.reshape(x, (BLOCK, 2)))
     # A byte without its bias is 16 * high + low, so
-    # high * even + low * odd = byte * even / 16 + low * (odd - even / 16), which saves cutting out the high half.
+    # high * even + low * odd = byte * even / 16 + low * (odd - even / 16), which saves extracting the high half.
     even = even * 0.0625
     biased = codes.to(tl.int32) ^ 0x4B000088
     byte = biased.to(tl.float32, bitcast=True) - (8388608.0 + 136)
@@ -163,23 +163,23 @@ def add_products(totals, codes, x_pointer, token, start, end, row_bytes, BITS: t
 
 @triton.jit
 def all_of_8_bits(codes):
-    """Return the fp32 numbers that bytes hold."""
+    """Return the fp32 values that bytes hold."""
     return (codes.to(tl.int32) ^ 0x4B000080).to(tl.float32, bitcast=True) - (8388608.0 + 128)
 
 
 @triton.jit
 def high_of_4_bits(biased):
-    """Return the fp32 numbers in the high halves of bytes, which come as bytes ^ 0x4B000088."""
+    """Return the fp32 values in the high halves of bytes, which come as bytes ^ 0x4B000088."""
     return (biased & 0x4B0000F0).to(tl.float32, bitcast=True) * 0.0625 - (524288.0 + 8)
 
 
 @triton.jit
 def low_of_4_bits(biased):
-    """Return the fp32 numbers in the low halves of bytes, which come as bytes ^ 0x4B000088."""
+    """Return the fp32 values in the low halves of bytes, which come as bytes ^ 0x4B000088."""
     return (biased & 0x4B00000F).to(tl.float32, bitcast=True) - (8388608.0 + 8)
 
 
-def multiply_some(
+def split_k_gemm(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bits: int, bias: Tensor | None, *, num_programs: int
 ) -> Tensor:
     """Return `(M, N)` for some tokens `(M, K)`, by about `num_programs` programs."""
@@ -188,7 +188,7 @@ def multiply_some(
     block_rows = 128 if block_tokens < 64 else 64
     grid = triton.cdiv(len(weight), block_rows), triton.cdiv(len(x), block_tokens)
     parts, split_bytes = new_parts(x, weight, block, num_programs // grid[0])
-    some_kernel[(grid[0], len(parts), grid[1])](
+    split_k_kernel[(grid[0], len(parts), grid[1])](
         *(x, weight, weight_scale, parts, len(x), len(weight), weight.shape[1], weight_scale.shape[1], split_bytes),
         BITS=bits,
         IN_GROUPS=weight_scale.shape[1] > 1,
@@ -201,7 +201,7 @@ def multiply_some(
 
 
 @triton.jit
-def some_kernel(
+def split_k_kernel(
     x_pointer, weight_pointer, scale_pointer, parts_pointer,
     num_tokens, num_rows, row_bytes, num_groups, split_bytes,
     BITS: tl.constexpr, IN_GROUPS: tl.constexpr,
@@ -239,7 +239,7 @@ def some_kernel(
     tl.store(targets, totals, mask=is_row[:, None] & is_token[None, :])
 
 
-def multiply_many(x: Tensor, weight: Tensor, weight_scale: Tensor, bits: int, bias: Tensor | None) -> Tensor:
+def decoded_gemm(x: Tensor, weight: Tensor, weight_scale: Tensor, bits: int, bias: Tensor | None) -> Tensor:
     """Return `(M, N)` for many tokens `(M, K)`; scales of rows come after the sums, those of groups before."""
     out = x.new_empty(len(x), len(weight))
     step = max(64, DECODED_BYTES // (x.shape[1] * x.element_size()) // 64 * 64)

@@ -26,8 +26,8 @@ class TokenLossTrainer(Trainer):
     transformers' `Trainer` with the losses of predicted tokens, each counted once and by kind of blank.
 
     Attributes:
-        meter: Takes note of the losses of training.
-        eval_meter: Takes note of the losses of an evaluation.
+        meter: Collects the losses of training.
+        eval_meter: Collects the losses of an evaluation.
     """
 
     args: GLMTrainingArguments
@@ -38,7 +38,7 @@ class TokenLossTrainer(Trainer):
 
     @property
     def data_size(self) -> int:
-        """How many shares of a step's samples there are."""
+        """Number of processes, or of replicas, that share the samples of a step."""
         return self.args.world_size
 
     @property
@@ -46,8 +46,8 @@ class TokenLossTrainer(Trainer):
         """How many processes' gradients are averaged whose losses are divided by the tokens of all."""
         return self.data_size if self.args.average_tokens_across_devices else 1
 
-    def _items_of(self, pieces: list[Batch], num_items_in_batch: Any) -> list[Any]:
-        """Return what the sum of each piece's losses is divided by, besides the average over processes."""
+    def _loss_divisors(self, pieces: list[Batch], num_items_in_batch: Any) -> list[Any]:
+        """Return what the summed loss of each micro-batch is divided by, besides the average over processes."""
         if self.args.loss_normalization == "step":
             return [num_items_in_batch] * len(pieces)
         counts = [(predicted_by(piece) != IGNORED).sum().clamp(min=1) for piece in pieces]

@@ -195,7 +195,7 @@ class GLMTrainer(TokenLossTrainer):
         if uses_zero and not isinstance(self.accelerator.deepspeed_engine_wrapped, DeferredStep):
             self.accelerator.deepspeed_engine_wrapped = DeferredStep(self.model_wrapped)
         pieces = self._split(inputs)
-        items = self._items_of(pieces, num_items_in_batch)
+        items = self._loss_divisors(pieces, num_items_in_batch)
         losses = []
         for number, (piece, num_items) in enumerate(zip(pieces, items, strict=True), 1):
             is_last = number == len(pieces)

@@ -180,7 +180,7 @@ class GLM3DTrainer(GLMTrainer):
         self._begin_step()
         torch.manual_seed(self._seed_of_step())
         pieces = self._split(inputs)
-        items = self._items_of(pieces, num_items_in_batch)
+        items = self._loss_divisors(pieces, num_items_in_batch)
         factors = [len(pieces) * self.num_averaged / float(count) for count in items]  # the engine takes means
         self.engine.set_train_batch_size(len(pieces) * self.args.per_device_train_batch_size * self.data_size)
         loss = self.engine.train_batch(self._prepared(list(zip(pieces, factors, strict=True))))

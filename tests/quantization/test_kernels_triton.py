@@ -18,19 +18,19 @@ TOLERANCES = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 4e-3}
 
 
 def few(*arguments, num_programs: int = 12) -> torch.Tensor:
-    return kernels.multiply_few(*arguments, num_programs=num_programs)
+    return kernels.gemv(*arguments, num_programs=num_programs)
 
 
 def some(*arguments, num_programs: int = 4) -> torch.Tensor:
     if arguments[0].dtype == torch.bfloat16 and DEVICE == "cpu":
         pytest.skip("Triton's interpreter multiplies bf16 matrices wrongly with NumPy 2.4")
-    return kernels.multiply_some(*arguments, num_programs=num_programs)
+    return kernels.split_k_gemm(*arguments, num_programs=num_programs)
 
 
 def many(*arguments) -> torch.Tensor:
     if arguments[0].dtype == torch.bfloat16 and arguments[2].shape[1] > 1 and DEVICE == "cpu":
         pytest.skip("Triton's interpreter cuts numbers off for bf16 instead of rounding them")
-    return kernels.multiply_many(*arguments)
+    return kernels.decoded_gemm(*arguments)
 
 
 def matrix(num_rows: int, num_columns: int, bits: int, num_groups: int = 1) -> tuple[torch.Tensor, ...]:
@@ -134,7 +134,7 @@ def test_odd_groups_are_decoded(small_gpu, monkeypatch, num_columns, num_groups)
     monkeypatch.setattr(kernels, "DECODED_BYTES", 64 * 4 * num_columns)
     weight, scale, exact = matrix(150, num_columns, 4 if num_columns > 24 else 8, num_groups)
     x = torch.randn(2, num_columns).to(DEVICE)
-    for name in ("multiply_few", "multiply_some"):
+    for name in ("gemv", "split_k_gemm"):
         monkeypatch.delattr(kernels, name)
     bias = torch.randn(150).to(DEVICE)
     out = kernels.quantized_linear_triton(x, weight, scale, 4 if num_columns > 24 else 8, bias)
@@ -144,21 +144,21 @@ def test_odd_groups_are_decoded(small_gpu, monkeypatch, num_columns, num_groups)
 @pytest.mark.parametrize(
     ("num_tokens", "dtype", "has_tensor_cores", "expected"),
     [
-        (2, torch.float16, True, "few"), (3, torch.float16, True, "some"), (64, torch.bfloat16, True, "some"),
-        (65, torch.float16, True, "many"), (32, torch.float32, True, "few"), (33, torch.float32, True, "many"),
-        (32, torch.float16, False, "few"), (33, torch.float16, False, "many"),
+        (2, torch.float16, True, "gemv"), (3, torch.float16, True, "split_k_gemm"), (64, torch.bfloat16, True, "split_k_gemm"),
+        (65, torch.float16, True, "decoded_gemm"), (32, torch.float32, True, "gemv"), (33, torch.float32, True, "decoded_gemm"),
+        (32, torch.float16, False, "gemv"), (33, torch.float16, False, "decoded_gemm"),
     ],
 )  # fmt: skip
 def test_number_of_tokens_chooses_the_kernel(monkeypatch, num_tokens, dtype, has_tensor_cores, expected):
     monkeypatch.setattr(kernels, "traits_of", lambda device: (2, has_tensor_cores))
     chosen = []
-    for name in ("few", "some", "many"):
+    for name in ("gemv", "split_k_gemm", "decoded_gemm"):
 
         def record(x, weight, *_, name=name, **__):
             chosen.append(name)
             return x.new_empty(len(x), len(weight))
 
-        monkeypatch.setattr(kernels, f"multiply_{name}", record)
+        monkeypatch.setattr(kernels, name, record)
     weight, scale, _ = matrix(2, 64, 4)
     kernels.quantized_linear_triton(torch.zeros(num_tokens, 64, dtype=dtype, device=DEVICE), weight, scale, 4)
     assert chosen == [expected]
@@ -208,10 +208,10 @@ def compile_kernels() -> None:
     types = {"weight_pointer": "*u8", "scale_pointer": "*fp16", "parts_pointer": "*fp32"}
     single, grouped = {"BITS": 4, "IN_GROUPS": False}, {"BITS": 4, "IN_GROUPS": True}
     for capability, kernel, constants in (
-        (75, kernels.few_kernel, {**single, "TOKENS": 1, "BLOCK_ROWS": 16, "BLOCK": 512}),
-        (75, kernels.few_kernel, {**grouped, "TOKENS": 2, "BLOCK_ROWS": 32, "BLOCK": 64}),
-        (80, kernels.some_kernel, {**single, "BLOCK_TOKENS": 16, "BLOCK_ROWS": 64, "BLOCK": 64}),
-        (90, kernels.some_kernel, {**grouped, "BLOCK_TOKENS": 16, "BLOCK_ROWS": 64, "BLOCK": 64}),
+        (75, kernels.gemv_kernel, {**single, "TOKENS": 1, "BLOCK_ROWS": 16, "BLOCK": 512}),
+        (75, kernels.gemv_kernel, {**grouped, "TOKENS": 2, "BLOCK_ROWS": 32, "BLOCK": 64}),
+        (80, kernels.split_k_kernel, {**single, "BLOCK_TOKENS": 16, "BLOCK_ROWS": 64, "BLOCK": 64}),
+        (90, kernels.split_k_kernel, {**grouped, "BLOCK_TOKENS": 16, "BLOCK_ROWS": 64, "BLOCK": 64}),
         (75, kernels.decode_kernel, {**grouped, "BLOCK": 1024}),
         (75, kernels.finish_kernel, {"IN_GROUPS": False, "HAS_BIAS": True, "BLOCK": 512}),
     ):
@@ -221,7 +221,7 @@ def compile_kernels() -> None:
         values = {(names.index(name),): value for name, value in constants.items()}
         aligned = {(index,): [["tt.divisibility", 16]] for index, name in enumerate(names) if name not in constants}
         compiled = compile_kernel(ASTSource(kernel, signature, values, aligned), GPUTarget("cuda", capability, 32))
-        assert ("mma" in compiled.asm["ptx"]) == (kernel is kernels.some_kernel), kernel
+        assert ("mma" in compiled.asm["ptx"]) == (kernel is kernels.split_k_kernel), kernel
 
 
 if __name__ == "__main__":

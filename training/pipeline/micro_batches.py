@@ -1,4 +1,4 @@
-"""A step's samples in pieces, and such pieces in the form of a pipeline, which wants equal sizes.
+"""Micro-batches: a step's samples in pieces, and their form in a pipeline, whose micro-batches have one shape.
 
 Shapes: `B` rows, `L` length.
 """
@@ -14,17 +14,17 @@ from glm_hf.training.data.blanks import IGNORED
 Batch = dict[str, torch.Tensor]
 INPUTS = ("input_ids", "position_ids", "segment_ids")
 LABELS = ("shift_labels", "segment_ids", "objectives", "sample_ids")
-NO_SAMPLE = -1  # the number of a row that only fills a micro-batch
+NO_SAMPLE = -1  # sample id of a row that is padding
 
 
 def split_rows(batch: Batch, count: int) -> list[Batch]:
-    """Return a batch in so many pieces, whose rows differ by one at most."""
+    """Split a batch into `count` micro-batches, whose numbers of rows differ by one at most."""
     parts = zip(*(values.tensor_split(count) for values in batch.values()), strict=True)
     return [dict(zip(batch, values, strict=True)) for values in parts]
 
 
 def predicted_by(batch: Batch) -> torch.Tensor:
-    """Return `(B, L)` what each token is to predict, from whichever labels a batch has."""
+    """Return the labels `(B, L)` of a batch, each at the token that predicts it."""
     return batch["shift_labels"] if "shift_labels" in batch else F.pad(batch["labels"], (0, 1), value=IGNORED)[:, 1:]
 
 
@@ -82,6 +82,6 @@ def micro_batches(
 
 
 def common_shape(pieces: Sequence[Batch]) -> tuple[int, int]:
-    """Return the rows and the length that the largest of some batches need."""
+    """Return the number of rows and the length that hold the largest of some batches."""
     shapes = [piece["input_ids"].shape for piece in pieces]
     return max(rows for rows, _ in shapes), max(length for _, length in shapes)

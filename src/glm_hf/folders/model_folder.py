@@ -53,7 +53,7 @@ def write_model_files(
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     if not (folder / "generation_config.json").is_file():
-        from glm_hf.modeling_glm import GLMForBlankInfilling
+        from glm_hf.modeling_glm import GLMForBlankInfilling  # which readers of configurations do not need
 
         with torch.device("meta"):
             GLMForBlankInfilling(read_config(folder)).generation_config.save_pretrained(folder)
@@ -64,13 +64,14 @@ def _copy_files(source: Path, folder: Path) -> None:
     for name in COPIED_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
-    if "auto_map" in read_json(source / "config.json"):
-        fields = read_json(folder / "tokenizer_config.json")
-        write_json(folder / "tokenizer_config.json", {name: fields[name] for name in fields if name != "auto_map"})
+    tokenizer_config = folder / "tokenizer_config.json"
+    if tokenizer_config.is_file() and "auto_map" in read_json(source / "config.json"):
+        fields = read_json(tokenizer_config)
+        write_json(tokenizer_config, {name: fields[name] for name in fields if name != "auto_map"})
 
 
 def write_index(folder: Path, files: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
-    """Write which of `files` holds which of its tensors, given on meta; nothing for a single file."""
+    """Write the index of the tensors, on meta, that each of `files` holds; nothing for a single file."""
     if len(files) == 1:
         return
     tensors = [tensor for of_file in files.values() for tensor in of_file.values()]

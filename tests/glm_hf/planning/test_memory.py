@@ -188,7 +188,7 @@ def small_model(folder: Path, bits: int, dtype: torch.dtype, **sizes: int) -> GL
 
 
 def many_tokens_as_on_a_gpu(x, weight, weight_scale, bits, bias):
-    """Do what kernels_triton.multiply_many does, with the memory that its kernels take."""
+    """Do what kernels_triton.decoded_gemm does, with the memory that its kernels take."""
     kernels = pytest.importorskip("glm_hf.quantization.kernels_triton", reason="triton is not installed")
 
     def decode(weight, weight_scale, bits, dtype):
@@ -213,7 +213,7 @@ def many_tokens_as_on_a_gpu(x, weight, weight_scale, bits, bias):
         patch.setattr(kernels, "finish", finish)
         patch.setattr(kernels, "decode", decode)
         patch.setattr(kernels, "product_in_fp32", product_in_fp32)
-        out = kernels.multiply_many(x.reshape(-1, x.shape[-1]), weight, weight_scale, bits, bias)
+        out = kernels.decoded_gemm(x.reshape(-1, x.shape[-1]), weight, weight_scale, bits, bias)
     return out.view(*x.shape[:-1], -1)
 
 
