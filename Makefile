@@ -14,7 +14,7 @@ OLDEST_TESTS := tests/glm_hf/test_golden_*.py tests/glm_hf/test_*_glm.py tests/g
         tests/glm_hf/test_masked_lm.py tests/glm_hf/test_peft.py tests/quantization tests/test_main_road.py
 
 .PHONY: install demo test test-oldest quality clean \
-        bench bench-conversion bench-int4 bench-decode bench-data bench-train-step bench-training-memory
+        bench bench-startup bench-conversion bench-int4 bench-decode bench-data bench-train-step bench-training-memory
 
 install: $(INSTALLED)
 
@@ -51,6 +51,9 @@ quality: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench-startup: $(INSTALLED)
+	$(BIN)/python benchmarks/startup.py
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/forward.py

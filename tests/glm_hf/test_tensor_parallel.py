@@ -1,10 +1,8 @@
-import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+from forked import run_ranks
 from golden import TOLERANCE, golden_arrays, golden_model
 
 from glm_hf import GLMForBlankInfilling
@@ -12,20 +10,12 @@ from glm_hf import GLMForBlankInfilling
 CASE = "mask_infill"
 
 
-def run_rank(rank: int, world_size: int, port: int, folder: str) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
-    torch.set_num_threads(1)
+def run_rank(rank: int, world_size: int, folder: Path) -> None:
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world_size)
     model = GLMForBlankInfilling.from_pretrained(
         folder, distributed_config={"tp_size": world_size, "tp_plan": "auto"}, dtype=torch.float32
     )
-    input_ids = torch.load(Path(folder) / "input_ids.pt", weights_only=True)
+    input_ids = torch.load(folder / "input_ids.pt", weights_only=True)
     logits = model(input_ids, labels=input_ids).logits
     logits.square().mean().backward()
     layer = model.model.layers[0]
@@ -43,7 +33,7 @@ def run_rank(rank: int, world_size: int, port: int, folder: str) -> None:
     }
     tokens = model.generate(input_ids, max_new_tokens=4)
     if rank == 0:
-        torch.save({"logits": logits.detach(), "tokens": tokens, **gradients}, Path(folder) / "result.pt")
+        torch.save({"logits": logits.detach(), "tokens": tokens, **gradients}, folder / "result.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -53,10 +43,7 @@ def test_two_ranks_compute_what_one_does(tmp_path, world_size):
     model.save_pretrained(tmp_path)
     input_ids = golden_arrays("cfg1")[f"{CASE}.input_ids"]
     torch.save(input_ids, tmp_path / "input_ids.pt")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(run_rank, args=(world_size, port, str(tmp_path)), nprocs=world_size)
+    run_ranks(lambda rank: run_rank(rank, world_size, tmp_path), world_size, tmp_path)
     result = torch.load(tmp_path / "result.pt", weights_only=True)
 
     golden = golden_arrays("cfg1")[f"{CASE}.logits"]

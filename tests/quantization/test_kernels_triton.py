@@ -144,8 +144,10 @@ def test_odd_groups_are_decoded(small_gpu, monkeypatch, num_columns, num_groups)
 @pytest.mark.parametrize(
     ("num_tokens", "dtype", "has_tensor_cores", "expected"),
     [
-        (2, torch.float16, True, "gemv"), (3, torch.float16, True, "split_k_gemm"), (64, torch.bfloat16, True, "split_k_gemm"),
-        (65, torch.float16, True, "decoded_gemm"), (32, torch.float32, True, "gemv"), (33, torch.float32, True, "decoded_gemm"),
+        (2, torch.float16, True, "gemv"), (3, torch.float16, True, "split_k_gemm"),
+        (64, torch.bfloat16, True, "split_k_gemm"),
+        (65, torch.float16, True, "decoded_gemm"), (32, torch.float32, True, "gemv"),
+        (33, torch.float32, True, "decoded_gemm"),
         (32, torch.float16, False, "gemv"), (33, torch.float16, False, "decoded_gemm"),
     ],
 )  # fmt: skip

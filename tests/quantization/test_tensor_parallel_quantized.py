@@ -1,14 +1,12 @@
 """Quantized models on two tensor-parallel ranks give what one process gives, in training too."""
 
-import os
-import socket
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-import torch.multiprocessing as mp
+from forked import run_ranks
 from golden import DATA, TOLERANCE, golden_arrays, golden_config
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -107,11 +105,7 @@ def load_refused(folder: Path, name: str, **options: Any) -> GLMForBlankInfillin
     return GLMForBlankInfilling.from_pretrained(folder / "sat_tp1", **options)
 
 
-def run_rank(rank: int, port: int, folder: Path, ids: torch.Tensor) -> None:
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    torch.set_num_threads(1)
+def run_rank(rank: int, folder: Path, ids: torch.Tensor) -> None:
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
     parallel = {"distributed_config": {"tp_size": 2, "tp_plan": "auto"}}
     results: dict[str, Any] = {
@@ -155,10 +149,7 @@ def results(folder, ids) -> dict[str, Any]:
         convert_sat_checkpoint(DATA / "cfg2" / name, folder / name, config=golden_config("cfg2"))
     for bits in (4, 8):
         quantize_checkpoint(folder / "sat_tp1", folder / f"int{bits}_embeddings", bits=bits, quantize_embeddings=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(run_rank, args=(port, folder, ids), nprocs=2)
+    run_ranks(lambda rank: run_rank(rank, folder, ids), 2, folder)
     return torch.load(folder / "results.pt", weights_only=True)
 
 
