@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from glm_hf.quantization.configuration import GLMQuantizationConfig
     from glm_hf.tokenization_glm import GLMTokenizer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 MODULES = {
     "BlankInfillingPipeline": "glm_hf.pipelines.fill_mask",
