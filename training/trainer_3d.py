@@ -131,7 +131,7 @@ class GLM3DTrainer(GLMTrainer):
 
     @cached_property
     def data_group(self) -> Any:
-        """Process group of the copies."""
+        """Process group of the replicas."""
         return self.model.mpu().get_data_parallel_group()
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
@@ -244,7 +244,7 @@ class GLM3DTrainer(GLMTrainer):
         return super().floating_point_ops(inputs) / (self.parallel.tp_size * self.parallel.pp_size)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """Return a loader of this copy's share of the batches, in turns."""
+        """Return a loader of this replica's share of the batches, in turns."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, str):
             dataset = self.eval_dataset[dataset]
@@ -271,7 +271,7 @@ class GLM3DTrainer(GLMTrainer):
         self.make_engine()
         self.eval_meter.take()
         number, size = len(cast(Sized, dataloader.dataset)), self.args.per_device_eval_batch_size
-        rounds = -(-number // (size * self.data_size))  # of the copy that has the most batches
+        rounds = -(-number // (size * self.data_size))  # of the replica that has the most batches
         at_once = min(rounds, EVAL_ROUNDS * self.parallel.pp_size)
         batches = iter(dataloader)
         nothing = empty_batch(self.model.config.pad_token_id)

@@ -26,9 +26,9 @@ BUCKET_SIZE = 50_000_000  # numbers; DeepSpeed's 500 million would take 1 GB mor
 
 
 def deepspeed_3d_config(
-    tp: int,
-    pp: int,
-    dp: int,
+    tp_size: int,
+    pp_size: int,
+    dp_size: int,
     *,
     micro_batch_size: int = 1,
     global_batch_size: int | None = None,
@@ -40,35 +40,34 @@ def deepspeed_3d_config(
     Return the configuration of DeepSpeed for a pipeline, ready to be written as JSON.
 
     Args:
-        tp: Tensor-parallel ranks.
-        pp: Pipeline stages.
-        dp: Copies of the model.
-        micro_batch_size: Samples that go through the pipeline at once.
-        global_batch_size: Samples of a step; by default one per copy and stage, the least that keeps all stages busy
-            at once.
-        precision: `"fp16"`, `"bf16"` or `"fp32"`; in 16 bits, the optimizer keeps fp32 weights.
+        tp_size: Number of tensor-parallel ranks.
+        pp_size: Number of pipeline stages.
+        dp_size: Number of replicas of the model.
+        micro_batch_size: Samples of a micro-batch.
+        global_batch_size: Samples of a step; by default a micro-batch per replica and stage, the least that keeps all
+            stages busy at once.
+        precision: Precision of the weights, `"fp16"`, `"bf16"` or `"fp32"`; in 16 bits, the optimizer keeps fp32
+            weights.
         max_grad_norm: Norm at which gradients are clipped, 0 for no clipping.
         base: Further keys of DeepSpeed, or a JSON file of them; those above win.
 
     Raises:
         ValueError: If a size is impossible, or `base` asks for ZeRO-2 or 3, an optimizer on the CPU or other dtypes.
     """
-    ParallelDegrees(tp, pp, dp)
+    ParallelDegrees(tp_size, pp_size, dp_size)
     given = _decided(json.loads(Path(base).read_text()) if isinstance(base, (str, Path)) else base or {})
-    zero = {"reduce_bucket_size": BUCKET_SIZE, "allgather_bucket_size": BUCKET_SIZE}
-    zero |= given.get("zero_optimization", {})
+    buckets = dict.fromkeys(("reduce_bucket_size", "allgather_bucket_size"), BUCKET_SIZE)
+    zero = buckets | given.get("zero_optimization", {})
     if zero.get("stage", 1) != 1:
         raise ValueError(f"a pipeline needs ZeRO stage 1, got {zero['stage']}; leave the stage out")
     if "offload_optimizer" in zero:
-        raise ValueError(
-            "a pipeline keeps its optimizer on the GPUs; leave offload_optimizer out, or take more copies"
-        )
+        raise ValueError("a pipeline keeps its optimizer on the GPUs; leave offload_optimizer out, or raise dp_size")
     if "data_types" in given:
         raise ValueError("in a pipeline, gradients add up in the dtype of the weights; leave data_types out")
     if precision not in ("fp16", "bf16", "fp32"):
         raise ValueError(f"precision must be fp16, bf16 or fp32, got {precision!r}")
-    per_round = micro_batch_size * dp
-    global_batch_size = per_round * pp if global_batch_size is None else global_batch_size
+    per_round = micro_batch_size * dp_size
+    global_batch_size = per_round * pp_size if global_batch_size is None else global_batch_size
     steps = -(-global_batch_size // per_round)
     if precision == "bf16" and steps > MOST_BF16_SUMS:
         logger.warning_once(

@@ -211,20 +211,20 @@ def stage_memory(shape: Shape, stage: int, in_flight: int, checkpointing: bool) 
         in_flight: Micro-batches that the stage keeps at once.
         checkpointing: Whether layers are computed again in the backward pass instead of being kept.
     """
-    size, copies = shape.size, shape.parallel.dp_size
+    size, dp_size = shape.size, shape.parallel.dp_size
     parameters = stage_parameters(shape, stage)
     groups = optimizer_groups(parameters)
     largest = max(numbers for _, numbers in parameters)
-    total, partition = sum(map(sum, groups)), sum(partition_size(group, copies) for group in groups)
-    weights, gradients = partition * copies * size, total * size
+    total, partition = sum(map(sum, groups)), sum(partition_size(group, dp_size) for group in groups)
+    weights, gradients = partition * dp_size * size, total * size
     activations = activation_bytes(shape, stage, in_flight, checkpointing)
 
     received = shape.state_bytes * ((stage > 0) + (stage < shape.parallel.pp_size - 1))
     flat = partition * (size if size == 4 else size + 4)
     held = {
         "computing": gradients + activations + largest * size * (shape.num_micro_batches > 1),
-        "reducing": max(reducing_elements(groups, copies)) * size,
-        "updating": max(touched_elements(groups, copies)) * size + max(flat, 8 * min(largest, partition)),
+        "reducing": max(reducing_elements(groups, dp_size)) * size,
+        "updating": max(touched_elements(groups, dp_size)) * size + max(flat, 8 * min(largest, partition)),
     }
     moments = {name: weights + 12 * partition + received + num_bytes for name, num_bytes in held.items()}
     buffers = max(moments.values()) - weights - gradients - 12 * partition - activations

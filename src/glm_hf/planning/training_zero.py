@@ -29,14 +29,14 @@ def optimizer_groups(parameters: list[tuple[str, int]]) -> list[list[int]]:
     ]
 
 
-def partition_size(group: list[int], copies: int) -> int:
+def partition_size(group: list[int], dp_size: int) -> int:
     """Return the elements of a group that one replica updates, padding included."""
-    return 2 * ceil(sum(group) / (2 * copies))
+    return 2 * ceil(sum(group) / (2 * dp_size))
 
 
-def slices_of(group: list[int], copies: int) -> list[Slices]:
+def slices_of(group: list[int], dp_size: int) -> list[Slices]:
     """Return who updates which part of every parameter of a group."""
-    width, found = partition_size(group, copies), []
+    width, found = partition_size(group, dp_size), []
     for end, numbers in zip(accumulate(group), group, strict=True):
         start = end - numbers
         edges = [start, *range((start // width + 1) * width, end, width), end]
@@ -44,33 +44,33 @@ def slices_of(group: list[int], copies: int) -> list[Slices]:
     return found
 
 
-def touched_elements(groups: list[list[int]], copies: int) -> list[int]:
+def touched_elements(groups: list[list[int]], dp_size: int) -> list[int]:
     """Return, for every replica, the elements of all parameters of which it updates any part."""
-    touched = [0] * copies
-    for slices in (slices for group in groups for slices in slices_of(group, copies)):
-        for copy, _ in slices:
-            touched[copy] += _size(slices)
+    touched = [0] * dp_size
+    for slices in (slices for group in groups for slices in slices_of(group, dp_size)):
+        for replica, _ in slices:
+            touched[replica] += _size(slices)
     return touched
 
 
-def reducing_elements(groups: list[list[int]], copies: int, bucket_size: int = BUCKET_SIZE) -> list[int]:
+def reducing_elements(groups: list[list[int]], dp_size: int, bucket_size: int = BUCKET_SIZE) -> list[int]:
     """Return, for every replica, the most that it holds while gradients are averaged, the gradients included."""
-    buckets = _buckets([slices for group in groups for slices in slices_of(group, copies)], bucket_size)
+    buckets = _buckets([slices for group in groups for slices in slices_of(group, dp_size)], bucket_size)
     joined = [_joined(bucket, bucket_size) for bucket in buckets]
-    held = [sum(map(sum, groups)) + bucket_size] * copies
-    most, touched = list(held), touched_elements(groups, copies)
-    has_place = [False] * copies
+    held = [sum(map(sum, groups)) + bucket_size] * dp_size
+    most, touched = list(held), touched_elements(groups, dp_size)
+    has_place = [False] * dp_size
     for bucket, extra in zip(buckets, joined, strict=True):
         is_large = _size(bucket[0]) > bucket_size
         moved = 0 if is_large else sum(map(_size, bucket))
         held = [numbers - moved for numbers in held]
         most = [max(known, numbers + extra) for known, numbers in zip(most, held, strict=True)]
         for slices in bucket:
-            for copy, _ in slices:
-                held[copy] += 0 if has_place[copy] else touched[copy]
-                has_place[copy] = True
-                most[copy] = max(most[copy], held[copy])
-                held[copy] -= _size(slices) if is_large else 0
+            for replica, _ in slices:
+                held[replica] += 0 if has_place[replica] else touched[replica]
+                has_place[replica] = True
+                most[replica] = max(most[replica], held[replica])
+                held[replica] -= _size(slices) if is_large else 0
     return most
 
 
