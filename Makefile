@@ -11,7 +11,8 @@ WORKERS ?= 2
 OLDEST := .venv-oldest
 # What depends on transformers most; training in several processes and 3D is left to the newest.
 OLDEST_TESTS := tests/glm_hf/test_golden_*.py tests/glm_hf/test_*_glm.py tests/glm_hf/test_attention_interface.py \
-        tests/glm_hf/test_masked_lm.py tests/glm_hf/test_peft.py tests/quantization tests/test_main_road.py
+        tests/glm_hf/test_masked_lm.py tests/glm_hf/test_peft.py tests/glm_hf/pipelines tests/glm_hf/hub \
+        tests/quantization tests/test_main_road.py
 
 .PHONY: install demo test test-oldest quality clean \
         bench bench-startup bench-conversion bench-int4 bench-decode bench-data bench-train-step bench-training-memory
