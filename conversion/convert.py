@@ -21,6 +21,7 @@ from glm_hf.conversion.formats.safetensors_writer import ShardFile, plan_shards
 from glm_hf.conversion.formats.sat_checkpoint import SatCheckpoint
 from glm_hf.conversion.streaming.segments import write_in_segments
 from glm_hf.folders.atomic import free_space
+from glm_hf.folders.finite import FiniteWeights
 from glm_hf.folders.model_folder import require_matching_tokenizer, write_index, write_model_files
 from glm_hf.quantization.configuration import GLMQuantizationConfig
 from glm_hf.quantization.functional import quantize_weight
@@ -54,6 +55,11 @@ class ConversionPlan:
     def num_bytes(self) -> int:
         """Bytes of all tensors to write."""
         return sum(shard.num_bytes for shard in self.shards)
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether weights are to be quantized that are not."""
+        return self.quantization is not None and self.checkpoint.bits is None
 
     def describe(self, dst: Path) -> str:
         """Return what a conversion to `dst` will do, in lines of words and numbers."""
@@ -93,12 +99,15 @@ def convert_sat_checkpoint(
     max_shard_size: int | str = "5GB",
     quantization: str | None = None,
     resume: bool = True,
+    overwrite: bool = False,
+    strict: bool = False,
 ) -> None:
     """
     Convert a SAT checkpoint of any tensor-parallel size to a folder that `from_pretrained` loads.
 
     Memory holds a few blocks of rows, not a tensor. The bytes written do not depend on the tensor-parallel size of a
-    checkpoint that is not quantized. Interrupted at any moment, the same call resumes.
+    checkpoint that is not quantized. Interrupted at any moment, the same call resumes; once it is complete, it does
+    nothing.
 
     Args:
         src: Folder with `latest` and an iteration folder of `mp_rank_RR_model_states.pt`, or that iteration folder.
@@ -111,27 +120,41 @@ def convert_sat_checkpoint(
         quantization: `"int8"` or `"int4"` to quantize the linears of the layers by the released rule, one scale per
             row. A checkpoint that is quantized already stays as it is.
         resume: Whether to resume an interrupted conversion rather than to discard what it has written.
+        overwrite: Whether to replace a folder at `dst`, once the new one is complete.
+        strict: Whether NaN and infinity among the weights are an error rather than a warning.
 
     Raises:
         FileNotFoundError: If a file of the checkpoint, the config or the tokenizer is missing.
-        FileExistsError: If `dst` holds something already.
+        FileExistsError: If `dst` holds something else already.
         ValueError: If the checkpoint is damaged or incomplete, or does not fit `config` or `tokenizer`, if it has
-            changed since an interrupted conversion, or if an argument is not what is expected.
+            changed since an interrupted conversion, if an argument is not what is expected, or a weight is not finite
+            and is to be quantized or must be finite (`strict`).
         OSError: If the disk has too little space, or another process is converting to `dst`.
     """
     plan = plan_conversion(
         src, config=config, tokenizer=tokenizer, dtype=dtype, max_shard_size=max_shard_size, quantization=quantization
     )
     plan.checkpoint.check_values()
+    finite = FiniteWeights(strict or plan.quantizes)
     source_dtypes = {name: tensor.dtype for name, tensor in plan.checkpoint.tensors.items()}
 
     def blocks_of(shard: ShardFile) -> Iterator[tuple[str, Tensor]]:
         for name, unit in shard.units.items():
-            yield from converted(name, plan.checkpoint.read(name), source_dtypes[name], unit)
+            blocks = finite.watch(name, plan.checkpoint.read(name))
+            yield from converted(name, blocks, source_dtypes[name], unit)
 
     sources = plan.checkpoint.sources
     dst = Path(dst).resolve()
-    write_in_segments(dst, plan.shards, blocks_of, plan.write_small_files, sources=sources, resume=resume)
+    write_in_segments(
+        dst,
+        plan.shards,
+        blocks_of,
+        plan.write_small_files,
+        sources=sources,
+        options={"strict": strict},
+        resume=resume,
+        overwrite=overwrite,
+    )
 
 
 def plan_conversion(

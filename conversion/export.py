@@ -15,42 +15,62 @@ from glm_hf.conversion.formats.safetensors_reader import ModelFolder
 from glm_hf.conversion.formats.sat_checkpoint import SatCheckpoint
 from glm_hf.conversion.formats.torch_zip import TorchZip
 from glm_hf.conversion.streaming.segments import write_in_segments
+from glm_hf.folders.finite import FiniteWeights
 from glm_hf.rotary_glm import inverse_frequencies
 from glm_hf.sharding.rules import ROW, shard_rule
 
 
-def export_sat_checkpoint(src: str | Path, dst: str | Path, *, tp_size: int, resume: bool = True) -> None:
+def export_sat_checkpoint(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    tp_size: int,
+    resume: bool = True,
+    overwrite: bool = False,
+    strict: bool = False,
+) -> None:
     """
     Write the weights of a model folder as a SAT checkpoint, which the original code loads.
 
-    Weights keep their dtype; quantized ones their codes and scales. Interrupted, the same call resumes.
+    Weights keep their dtype; quantized ones their codes and scales. Interrupted, the same call resumes; once it is complete, it does nothing.
 
     Args:
         src: Folder of `GLMForBlankInfilling`, as the converter and `save_pretrained` write it.
         dst: Folder to create, with `latest` and `release/mp_rank_RR_model_states.pt`; may exist if it is empty.
         tp_size: Number of tensor-parallel ranks; must divide the heads.
         resume: Whether to resume an interrupted export rather than to discard what it has written.
+        overwrite: Whether to replace a folder at `dst`, once the new one is complete.
+        strict: Whether NaN and infinity among the weights are an error rather than a warning.
 
     Raises:
         FileNotFoundError: If `src` lacks a file.
-        FileExistsError: If `dst` holds something already.
+        FileExistsError: If `dst` holds something else already.
         ValueError: If `src` is not such a model or is damaged, or cannot be sharded over `tp_size` ranks.
         OSError: If the disk has too little space, or another process is writing to `dst`.
     """
     source = ModelFolder(src)
     _require_original(source)
     _require_heads(source.config.num_attention_heads, tp_size)
-    _write_sat(source, Path(dst), tp_size, source.config, "release", {}, resume)
+    options = {"resume": resume, "overwrite": overwrite, "strict": strict}
+    _write_sat(source, Path(dst), tp_size, source.config, "release", {}, **options)
 
 
-def reshard_sat_checkpoint(src: str | Path, dst: str | Path, *, tp_size: int, resume: bool = True) -> None:
+def reshard_sat_checkpoint(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    tp_size: int,
+    resume: bool = True,
+    overwrite: bool = False,
+    strict: bool = False,
+) -> None:
     """
     Write a SAT checkpoint again for another number of tensor-parallel ranks.
 
     Weights keep every bit. Rotary frequencies, which the original code never loads, are computed anew; of what else a
     rank file may hold, only its iteration is kept.
 
-    Interrupted, the same call resumes.
+    Interrupted, the same call resumes; once it is complete, it does nothing.
 
     Args:
         src: Folder with `latest` and an iteration folder of `mp_rank_RR_model_states.pt`, or that iteration folder.
@@ -58,10 +78,12 @@ def reshard_sat_checkpoint(src: str | Path, dst: str | Path, *, tp_size: int, re
         tp_size: Number of tensor-parallel ranks to write; must divide the heads. Of a quantized checkpoint, a
             multiple of its own number, since every rank has scales for its own columns.
         resume: Whether to resume an interrupted run rather than to discard what it has written.
+        overwrite: Whether to replace a folder at `dst`, once the new one is complete.
+        strict: Whether NaN and infinity among the weights are an error rather than a warning.
 
     Raises:
         FileNotFoundError: If a file of `src` is missing.
-        FileExistsError: If `dst` holds something already.
+        FileExistsError: If `dst` holds something else already.
         ValueError: If `src` is damaged or incomplete, or cannot be sharded over `tp_size` ranks.
         OSError: If the disk has too little space, or another process is writing to `dst`.
     """
@@ -77,7 +99,8 @@ def reshard_sat_checkpoint(src: str | Path, dst: str | Path, *, tp_size: int, re
             f"divide its own number of ranks ({source.tp_size}), got {tp_size}"
         )
     rotary_config = config if source.head_dim else None
-    _write_sat(source, Path(dst), tp_size, rotary_config, source.folder.name, source.iteration, resume)
+    options = {"resume": resume, "overwrite": overwrite, "strict": strict}
+    _write_sat(source, Path(dst), tp_size, rotary_config, source.folder.name, source.iteration, **options)
 
 
 def _require_original(source: ModelFolder) -> None:
@@ -110,7 +133,10 @@ def _write_sat(
     rotary_config: GLMConfig | None,
     iteration: str,
     content: dict[str, Any],
+    *,
     resume: bool,
+    overwrite: bool,
+    strict: bool,
 ) -> None:
     """Write all tensors of `source`, and the rotary frequencies of `rotary_config` if it is given."""
     tensors = source.tensors
@@ -122,16 +148,26 @@ def _write_sat(
     roots = [f"mp_rank_{rank:02d}_model_states" for rank in range(tp_size)]
     files = {f"{iteration}/{root}.pt": TorchZip(root, parts, rotary, content) for root in roots}
     segments = plan_segments(files, tensors)
+    finite = FiniteWeights(strict)
 
     def blocks_of(segment: RankSegment) -> Iterator[tuple[str, Tensor]]:
         for name in segment.names:
-            for block in source.read(name):
+            for block in finite.watch(name, source.read(name)):
                 yield name, block
 
     def finish(folder: Path) -> None:
         (folder / "latest").write_text(f"{iteration}\n", encoding="utf-8")
 
-    write_in_segments(dst.resolve(), segments, blocks_of, finish, sources=source.sources, resume=resume)
+    write_in_segments(
+        dst.resolve(),
+        segments,
+        blocks_of,
+        finish,
+        sources=source.sources,
+        options={"strict": strict},
+        resume=resume,
+        overwrite=overwrite,
+    )
 
 
 def _rank_part(name: str, tensor: Tensor, tp_size: int) -> Tensor:

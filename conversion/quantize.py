@@ -15,6 +15,7 @@ from glm_hf.conversion.formats.model_tensors import model_tensors
 from glm_hf.conversion.formats.safetensors_reader import ModelFolder
 from glm_hf.conversion.formats.safetensors_writer import ShardFile, plan_shards
 from glm_hf.conversion.streaming.segments import write_in_segments
+from glm_hf.folders.finite import FiniteWeights
 from glm_hf.folders.model_folder import read_json, write_index, write_model_files
 from glm_hf.quantization.configuration import GLMQuantizationConfig
 
@@ -28,11 +29,13 @@ def quantize_checkpoint(
     quantize_embeddings: bool = False,
     max_shard_size: int | str = "5GB",
     resume: bool = True,
+    overwrite: bool = False,
 ) -> None:
     """
     Quantize the weights of a model folder, with the codes and scales that `from_pretrained` gives while loading.
 
-    Memory holds a few blocks of rows, not a tensor. Interrupted at any moment, the same call resumes.
+    Memory holds a few blocks of rows, not a tensor. Interrupted at any moment, the same call resumes;
+    once it is complete, it does nothing.
 
     Args:
         src: Folder of `GLMForBlankInfilling`, not quantized, as the converter and `save_pretrained` write it.
@@ -42,12 +45,13 @@ def quantize_checkpoint(
         quantize_embeddings: Whether the embedding and the LM head become INT8 too.
         max_shard_size: Largest shard in bytes, or a string such as `"5GB"`.
         resume: Whether to resume an interrupted run rather than to discard what it has written.
+        overwrite: Whether to replace a folder at `dst`, once the new one is complete.
 
     Raises:
         FileNotFoundError: If `src` lacks a file.
-        FileExistsError: If `dst` holds something already.
-        ValueError: If `src` is not such a model, is quantized already or damaged, a weight is not finite in fp16, the
-            settings do not fit the weights, or `src` has changed since an interrupted run.
+        FileExistsError: If `dst` holds something else already.
+        ValueError: If `src` is not such a model, is quantized already or damaged, a weight is not finite, or not in
+            fp16, the settings do not fit the weights, or `src` has changed since an interrupted run.
         OSError: If the disk has too little space, or another process is writing to `dst`.
     """
     quantization = GLMQuantizationConfig(bits=bits, group_size=group_size, quantize_embeddings=quantize_embeddings)
@@ -57,9 +61,11 @@ def quantize_checkpoint(
     stored, dtype = source.tensors, _dtype(source)
     shards = plan_shards(made_together(model_tensors(source.config, dtype, quantization)), max_shard_size)
 
+    finite = FiniteWeights(strict=True)
+
     def blocks_of(shard: ShardFile) -> Iterator[tuple[str, Tensor]]:
         for name, unit in shard.units.items():
-            blocks = source.read(name)
+            blocks = finite.watch(name, source.read(name))
             if len(unit) > 1:  # weights are quantized in the dtype that the model is loaded in
                 blocks = (block.to(dtype) for block in blocks)
             yield from converted(name, blocks, stored[name].dtype, unit)
@@ -71,7 +77,9 @@ def quantize_checkpoint(
         write_model_files(folder, fields, source=Path(src))
 
     dst = Path(dst).resolve()
-    write_in_segments(dst, shards, blocks_of, write_small_files, sources=source.sources, resume=resume)
+    write_in_segments(
+        dst, shards, blocks_of, write_small_files, sources=source.sources, resume=resume, overwrite=overwrite
+    )
 
 
 def _dtype(source: ModelFolder) -> torch.dtype:

@@ -15,8 +15,10 @@ from glm_hf.conversion.convert import converted
 from glm_hf.conversion.formats.rank_file import RankFile, read_rank_file
 from glm_hf.conversion.formats.safetensors_reader import ModelFolder
 from glm_hf.conversion.formats.sat_checkpoint import SatCheckpoint, find_rank_files
-from glm_hf.conversion.streaming.blocks import progress_bar, read_ahead
-from glm_hf.conversion.streaming.stored_tensor import check_member
+from glm_hf.conversion.streaming.blocks import progress_bar, read_ahead, read_merged
+from glm_hf.conversion.streaming.stored_tensor import Member, StoredTensor, check_member
+from glm_hf.folders.finite import FiniteWeights
+from glm_hf.sharding.rules import REPLICATED
 
 
 @dataclass
@@ -27,26 +29,32 @@ class VerificationReport:
     Attributes:
         num_tensors: Tensors that were read; of a download, on every rank.
         num_bytes: Bytes of them, as `src` stores them.
+        not_finite: One line for every tensor with values that are NaN or infinite.
         problems: One line for everything that is wrong, with file or tensor; for a tensor that differs, its first
             difference.
     """
 
     num_tensors: int = 0
     num_bytes: int = 0
+    not_finite: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
 
-def verify_checkpoint(src: str | Path, dst: str | Path | None = None) -> VerificationReport:
+def verify_checkpoint(
+    src: str | Path, dst: str | Path | None = None, *, strict: bool = False
+) -> VerificationReport:
     """
     Check that a SAT checkpoint is whole, or that `dst` holds exactly the weights that `src` holds.
 
     Alone, a checkpoint must have every rank, the right shapes, one iteration, and bytes that agree with the checksums
     that were written with them. A model folder alone has no checksums, so only names, shapes and sizes are checked.
+    Weights that are NaN or infinite are reported in any case.
 
     Args:
         src: SAT checkpoint or model folder.
         dst: SAT checkpoint or model folder that was made from it, at any number of ranks. If it has another dtype or
             is quantized, it must hold what casting or quantizing `src` gives.
+        strict: Whether weights that are NaN or infinite are problems rather than warnings.
 
     Returns:
         What was seen; nothing is wrong if `problems` is empty.
@@ -55,12 +63,17 @@ def verify_checkpoint(src: str | Path, dst: str | Path | None = None) -> Verific
         FileNotFoundError: If `src` or `dst` is not there at all, or lacks a file.
         ValueError: If `src` or `dst` is not what it should be as a whole, so that tensors cannot be compared.
     """
+    finite = FiniteWeights()
     if dst is not None:
-        return _compare(_open(Path(src)), _open(Path(dst)))
-    if _is_model_folder(Path(src)):
-        tensors = ModelFolder(src).tensors.values()
-        return VerificationReport(len(tensors), sum(tensor.nbytes for tensor in tensors))
-    return _check_download(Path(src))
+        report = _compare(_open(Path(src)), _open(Path(dst)), finite)
+    elif _is_model_folder(Path(src)):
+        report = _check_model_folder(ModelFolder(src), finite)
+    else:
+        report = _check_download(Path(src), finite)
+    report.not_finite = list(finite.found.values())
+    if strict:
+        report.problems += report.not_finite
+    return report
 
 
 def _is_model_folder(path: Path) -> bool:
@@ -75,7 +88,20 @@ def _open(path: Path) -> SatCheckpoint | ModelFolder:
     return checkpoint
 
 
-def _check_download(src: Path) -> VerificationReport:
+def _check_model_folder(source: ModelFolder, finite: FiniteWeights) -> VerificationReport:
+    """Read all tensors of a model folder."""
+    report = VerificationReport()
+    tensors = source.tensors
+    with progress_bar("Checking", sum(tensor.nbytes for tensor in tensors.values())) as progress:
+        for name, tensor in tensors.items():
+            for block in finite.watch(name, source.read(name)):
+                progress.update(block.nbytes)
+            report.num_tensors += 1
+            report.num_bytes += tensor.nbytes
+    return report
+
+
+def _check_download(src: Path, finite: FiniteWeights) -> VerificationReport:
     """Check every rank file by itself, so that all damaged ones are named, and then all together."""
     report = VerificationReport()
     ranks: list[RankFile] = []
@@ -89,10 +115,12 @@ def _check_download(src: Path) -> VerificationReport:
         "Checking", sum(member.nbytes for rank in ranks for member in rank.members.values())
     ) as progress:
         for rank in ranks:
-            names = {tensor.member: tensor.name for tensor in rank.tensors.values()}
+            held: dict[Member | None, list[StoredTensor]] = {}
+            for tensor in rank.tensors.values():
+                held.setdefault(tensor.member, []).append(tensor)
             for member in rank.members.values():
                 try:
-                    check_member(member, names.get(member, member.name))
+                    _check_member(member, held.get(member, []), finite)
                 except (ValueError, OSError) as error:
                     report.problems.append(f"{member.path}: {error}" if isinstance(error, OSError) else str(error))
                 progress.update(member.nbytes)
@@ -108,7 +136,18 @@ def _check_download(src: Path) -> VerificationReport:
     return report
 
 
-def _compare(source: SatCheckpoint | ModelFolder, target: SatCheckpoint | ModelFolder) -> VerificationReport:
+def _check_member(member: Member, tensors: list[StoredTensor], finite: FiniteWeights) -> None:
+    """Compare the checksum of a member, and look at the values of the tensors that it holds."""
+    if not any(tensor.is_whole_member for tensor in tensors):
+        check_member(member, tensors[0].name if tensors else member.name)
+    for tensor in tensors:
+        for _ in finite.watch(f"{tensor.path}: {tensor.name}", read_merged(REPLICATED, [tensor])):
+            pass
+
+
+def _compare(
+    source: SatCheckpoint | ModelFolder, target: SatCheckpoint | ModelFolder, finite: FiniteWeights
+) -> VerificationReport:
     """Compare all tensors of `target` with what `source` gives for them."""
     report = VerificationReport()
     expected, actual = source.tensors, target.tensors
@@ -123,7 +162,7 @@ def _compare(source: SatCheckpoint | ModelFolder, target: SatCheckpoint | ModelF
         for name, tensor in expected.items():
             unit = {stored: actual[stored] for stored in (name, f"{name}_scale") if stored in {name} | made}
             try:
-                blocks = converted(name, _regrouped(name, source.read(name), unit[name]), tensor.dtype, unit)
+                blocks = converted(name, _regrouped(name, finite.watch(name, source.read(name)), unit[name]), tensor.dtype, unit)
                 with closing(read_ahead(blocks)) as ahead:
                     difference = _first_difference(ahead, {stored: target.read(stored) for stored in unit})
             except ValueError as error:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import cast
 
 from torch import Tensor
 from tqdm import tqdm
@@ -20,31 +21,40 @@ from glm_hf.conversion.analysis.tensor import HISTOGRAM_EDGES, UNITS, Scheme, fi
 from glm_hf.conversion.formats.model_tensors import EMBEDDINGS, LINEARS
 from glm_hf.conversion.formats.safetensors_reader import ModelFolder
 from glm_hf.conversion.streaming.blocks import progress_bar, read_ahead
-from glm_hf.folders.atomic import AtomicFolder, require_vacant
+from glm_hf.folders.atomic import AtomicFolder
+from glm_hf.folders.model_folder import read_json
 
 SCHEMA_VERSION = 1
 logger = logging.getLogger(__name__)
 
 
-def write_analysis(src: str | Path, dst: str | Path, *, group_sizes: Sequence[int] = (128,)) -> Analysis:
+def write_analysis(
+    src: str | Path, dst: str | Path, *, group_sizes: Sequence[int] = (128,), overwrite: bool = False
+) -> Analysis:
     """
     Write what `analyze_weights` finds to a folder: analysis.json and, if matplotlib is there, plots.
+
+    Once the folder is complete, the same call only reads what it has found.
 
     Args:
         src: Folder of the model.
         dst: Folder to create; may exist if it is empty.
         group_sizes: Group sizes of the INT4 schemes, as `analyze_weights` takes them.
+        overwrite: Whether to replace a folder at `dst`, once the new one is complete.
 
     Raises:
-        FileExistsError: If `dst` holds something already.
+        FileExistsError: If `dst` holds something else already.
         FileNotFoundError, ValueError: As `analyze_weights`.
     """
     dst = Path(dst).resolve()
-    require_vacant(dst)
     source = _open(src)
     schemes = _schemes(group_sizes, source)
     has_plots = _has_matplotlib()
-    with AtomicFolder(dst).writing() as folder:
+    origin = {"plan": {"schemes": list(schemes), "has_plots": has_plots, "model": str(src)}, "sources": source.sources}
+    target = AtomicFolder(dst, replaces=overwrite, origin=origin)
+    if target.is_complete():
+        return cast(Analysis, read_json(dst / "analysis.json"))
+    with target.writing() as folder:
         analysis = _analyze(source, str(src), schemes)
         text = json.dumps(analysis, indent=2, allow_nan=False) + "\n"
         (folder / "analysis.json").write_text(text, encoding="utf-8")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from glm_hf import __version__
 from glm_hf.conversion.streaming.blocks import progress_bar, read_ahead
-from glm_hf.folders.atomic import AtomicFolder, require_space, require_vacant, sync, sync_tree
+from glm_hf.folders.atomic import AtomicFolder, require_space, sync, sync_tree
 from glm_hf.folders.model_folder import read_json
 
 RESTART = "start again with resume=False (--no-resume), which discards what is there"
@@ -55,36 +55,41 @@ def write_in_segments(
     finish: Callable[[Path], None],
     *,
     sources: dict[str, Any],
+    options: dict[str, Any] | None = None,
     resume: bool = True,
+    overwrite: bool = False,
 ) -> None:
     """
-    Write all `segments` to the folder `dst`, resuming an interrupted run.
+    Write all `segments` to the folder `dst`, resuming an interrupted run; nothing if `dst` is their result already.
 
     On an error, finished segments stay for the next run. Without any, or if the sources are at fault (ValueError), so
     that they must change before there can be another, nothing stays.
 
     Args:
-        dst: Vacant destination, absolute; missing parents are made.
+        dst: Destination, absolute; missing parents are made.
         segments: Segments to write, in order.
         blocks_of: Yields all tensors of a segment in order, as (name, block of rows).
         finish: Writes the small files into the folder when all segments are there.
         sources: Size and hash of every source file by its name, as JSON; they must not change between runs.
+        options: Options that change what counts as done, besides segments and sources, as JSON.
         resume: Whether to resume an interrupted run rather than to discard what it has written.
+        overwrite: Whether to replace a folder at `dst`, once the new one is complete.
 
     Raises:
-        FileExistsError: If `dst` holds something, or its hidden folder is not of an interrupted run.
+        FileExistsError: If `dst` holds something else, or its hidden folder is not of an interrupted run.
         ValueError: If an interrupted run had other segments or sources.
         OSError: If the disk has too little space, or another process is writing to `dst`.
     """
-    target = _target(dst)
-    plan = hashlib.sha256(json.dumps([(s.label, s.layout) for s in segments]).encode()).hexdigest()
+    content = [[(segment.label, segment.layout) for segment in segments], options]
+    plan = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    target = _target(dst, overwrite, {"plan": plan, "sources": sources})
     wanted: dict[str, Any] = {"version": __version__, "plan": plan, "sources": sources, "finished": []}
-    whole = wanted | {"finished": [segment.label for segment in segments]} if resume else None
-    if not _is_finished(target, whole):
-        num_bytes = sum(segment.num_bytes for segment in segments)
-        require_space(dst, num_bytes - bytes_of_interrupted_run(dst))
+    if _is_finished(target, finish):
+        return
+    num_bytes = sum(segment.num_bytes for segment in segments)
+    require_space(dst, num_bytes - bytes_of_interrupted_run(dst))
     with target.locked():
-        if not _is_finished(target, whole):  # another run may have come to its end meanwhile
+        if not _is_finished(target, finish):  # another run may have come to its end meanwhile
             manifest = (_interrupted_run(target, wanted, segments) if resume else None) or wanted
             _run(target, manifest, segments, blocks_of, finish)
         target.remove()
@@ -95,23 +100,22 @@ def bytes_of_interrupted_run(dst: Path) -> int:
     return sum(path.stat().st_size for path in _target(dst).work.rglob("*") if path.is_file())
 
 
-def _target(dst: Path) -> AtomicFolder:
-    return AtomicFolder(dst, owns=frozenset({"manifest.json", "manifest.new"}))
+def _target(dst: Path, overwrite: bool = False, origin: dict[str, Any] | None = None) -> AtomicFolder:
+    owns = frozenset({"manifest.json", "manifest.new"})
+    return AtomicFolder(dst, replaces=overwrite, owns=owns, origin=origin)
 
 
-def _is_finished(target: AtomicFolder, whole: dict[str, Any] | None) -> bool:
+def _is_finished(target: AtomicFolder, finish: Callable[[Path], None]) -> bool:
     """
-    Tell whether an earlier run got as far as to rename the folder, but not to remove the hidden one.
+    Tell whether the destination is the result already, the small files included.
 
     Raises:
-        FileExistsError: If it did not, and the destination holds something or the hidden folder is not of such a run.
+        FileExistsError: If it holds something else, or the hidden folder is not of such a run.
     """
     target.require_own()
-    manifest, dst = _manifest(target.home), target.dst
-    has_ended = whole is not None and manifest == whole and not target.work.exists()
-    if has_ended and dst.is_dir() and any(dst.iterdir()):
+    if target.is_complete(finish):
         return True
-    require_vacant(dst)
+    target.require_possible()
     return False
 
 

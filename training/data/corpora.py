@@ -1,24 +1,27 @@
 """Corpora as people have them, tokenized once: JSONL and Parquet files, and datasets on the Hub."""
 
 import glob
-import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import fsspec
 from filelock import FileLock
 from tqdm import tqdm
 
 from glm_hf.configuration_glm import GLMConfig
+from glm_hf.folders.atomic import remove_leftovers
 from glm_hf.folders.model_folder import require_matching_tokenizer
 from glm_hf.infilling_glm import prepare_context
 from glm_hf.tokenization_glm import GLMTokenizer
-from glm_hf.training.data.token_file import FACTS_FILE, TokenFile, open_token_file, write_token_file
+from glm_hf.training.data.token_file import FACTS_FILE, TokenFile, open_token_file, require_ids, write_token_file
 
 DOCUMENTS_AT_ONCE = 1000
+SCANNED_AT_ONCE = 2**20
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
@@ -39,6 +42,11 @@ class CorpusSource:
         truncate_inputs: Whether to leave out the beginning of inputs that do not fit a row, which is an error else.
         name: Configuration of a dataset on the Hub.
         split: Split of a dataset on the Hub.
+        max_record_size: Longest record in bytes; a longer one is an error, as the tokenizer takes some hundred times
+            the memory.
+
+    Raises:
+        ValueError: If the weight or the size is not above 0.
     """
 
     path: str
@@ -50,9 +58,12 @@ class CorpusSource:
     truncate_inputs: bool = False
     name: str | None = None
     split: str = "train"
+    max_record_size: int = 8 * 2**20
 
     def __post_init__(self) -> None:
-        """Check the weight."""
+        """Check the numbers."""
+        if not self.max_record_size > 0:
+            raise ValueError(f"max_record_size of {self.path} must be above 0, got {self.max_record_size}")
         if self.weight is not None and not self.weight > 0:
             raise ValueError(f"the weight of {self.path} must be above 0, got {self.weight}")
 
@@ -78,10 +89,11 @@ def load_corpus(
     require_matching_tokenizer(tokenizer, config)
     if (Path(source.path) / FACTS_FILE).is_file():
         corpus = open_token_file(Path(source.path))
-        if corpus.facts["tokenizer"] != fingerprint(tokenizer):
+        if corpus.facts.get("tokenizer") != fingerprint(tokenizer):
             raise ValueError(
                 f"{source.path} was tokenized by another tokenizer than the model's; tokenize its texts again"
             )
+        _require_ids(corpus, config)
         return corpus
     files = find_files(source.path)
     origin = {
@@ -92,16 +104,26 @@ def load_corpus(
         "tokenizer": fingerprint(tokenizer),
         "files": [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files],
     }
+    del origin["max_record_size"]  # which does not change ids
     digest = hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:16]
     folder = Path(cache) / f"{Path(source.path).name.replace('*', '')}-{digest}"
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.parent / ".lock"):  # of several processes, one tokenizes and the others wait
+            remove_leftovers(folder.parent)
             if not folder.exists():
                 reader = _Reader(source, files, tokenizer, config, row_length)
                 facts = {"kind": reader.kind, "source": source.path, "tokenizer": fingerprint(tokenizer)}
                 write_token_file(folder, reader.parts(), facts, config.vocab_size)
-    return open_token_file(folder)
+    corpus = open_token_file(folder)
+    _require_ids(corpus, config)
+    return corpus
+
+
+def _require_ids(corpus: TokenFile, config: GLMConfig) -> None:
+    """Raise ValueError if a corpus has ids beyond the vocabulary, or texts hold what only blanks hold."""
+    of_blanks = (config.mask_token_id, config.gmask_token_id, config.smask_token_id, config.sop_token_id)
+    require_ids(corpus, config.vocab_size, of_blanks)
 
 
 def find_files(path: str) -> list[Path]:
@@ -134,11 +156,42 @@ def fingerprint(tokenizer: GLMTokenizer) -> str:
     return hashlib.sha256(json.dumps(state).encode()).hexdigest()
 
 
+def require_short_lines(file: Path, most_bytes: int) -> None:
+    """
+    Check that no line of a JSON file is longer than the reader can bear; what cannot be read is left to the reader.
+
+    Raises:
+        ValueError: If a line has more than `most_bytes` bytes.
+    """
+    number, length = 1, 0
+    for block in _read_blocks(file):
+        *ended, rest = block.split(b"\n")
+        for line in ended:
+            if length + len(line) > most_bytes:
+                break
+            number, length = number + 1, 0
+        else:
+            length += len(rest)
+            if length <= most_bytes:
+                continue
+        raise ValueError(
+            f"line {number} of {file} has more than {most_bytes:,} bytes; split it, or raise max_record_size"
+        )
+
+
+def _read_blocks(file: Path) -> Iterator[bytes]:
+    """Yield the content of a file, decompressed, as far as it can be read."""
+    try:
+        with fsspec.open(str(file), "rb", compression="infer") as content:
+            while block := content.read(SCANNED_AT_ONCE):
+                yield block
+    except (OSError, EOFError, zlib.error):
+        return
+
+
 def find_bad_line(file: Path) -> str | None:
     """Tell which line of a JSONL file is no JSON object; None for an array, and for what cannot be looked into."""
-    if file.suffix == ".zst":
-        return None
-    with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as lines:
+    with fsspec.open(str(file), "rb", compression="infer") as lines:
         try:
             for number, line in enumerate(lines, 1):
                 if number == 1 and line.startswith(b"["):
@@ -147,7 +200,7 @@ def find_bad_line(file: Path) -> str | None:
                     return f"line {number} of {file} must be a JSON object, got {line[:40]!r}"
         except (OSError, EOFError):
             return None
-        except ValueError as reason:
+        except (ValueError, RecursionError) as reason:
             return f"line {number} of {file} is not JSON: {reason}"
     return None
 
@@ -160,6 +213,8 @@ class _Reader:
     ) -> None:
         self.source, self.files, self.tokenizer, self.config = source, files, tokenizer, config
         self.row_length = row_length
+        for file in files if files and reader_of(files[0].name) == "json" else ():
+            require_short_lines(file, source.max_record_size)
         try:
             self.dataset = self._open()
             first = next(iter(self.dataset), None)
@@ -200,13 +255,33 @@ class _Reader:
                     raise self._explained(error) from error
                 if batch is None:
                     break
-                parts = convert(batch, before)
-                before += len(next(iter(batch.values())))
-                num_tokens += sum(map(len, parts))
-                progress.update(before - progress.n)
-                yield parts
+                for piece in self._pieces(batch, before):
+                    parts = convert(piece, before)
+                    before += len(next(iter(piece.values())))
+                    num_tokens += sum(map(len, parts))
+                    progress.update(before - progress.n)
+                    yield parts
         if not num_tokens:
             raise ValueError(f"{self.source.path} is empty: none of its {before} documents holds any text")
+
+    def _pieces(self, batch: dict[str, list], before: int) -> Iterator[dict[str, list]]:
+        """Yield a batch in pieces of at most `max_record_size`; ValueError if a record is longer."""
+        most = self.source.max_record_size
+        fields = (self.source.text,) if self.kind == "text" else (self.source.inputs, self.source.targets)
+        columns = [batch[field] for field in fields if field in batch]
+        sizes = [sum(len(str(value).encode("utf-8", "replace")) for value in record) for record in zip(*columns)]
+        start = size = 0
+        for number, of_record in enumerate(sizes):
+            if of_record > most:
+                raise ValueError(
+                    f"record {before + number + 1} of {self.source.path} has {of_record:,} bytes, more than "
+                    f"{most:,}; split it, or raise max_record_size"
+                )
+            if size + of_record > most:
+                yield {name: values[start:number] for name, values in batch.items()}
+                start, size = number, 0
+            size += of_record
+        yield {name: values[start:] for name, values in batch.items()}
 
     def _strings(self, batch: dict[str, list], field: str, before: int) -> list[str]:
         """Return a field of a batch; ValueError if a record has no string there."""

@@ -4,25 +4,38 @@ A folder holds
 
     tokens.bin       token ids in little-endian uint16 or int32, document after document
     boundaries.npy   int64: index of the first token of every part, and the number of tokens at the end
-    corpus.json      kind ("text" or "instructions"), dtype, counts, and what the ids were made from
+    corpus.json      kind ("text" or "instructions"), dtype, counts, what the ids were made from, and the XXH3 hash of
+                     every `block_bytes` of the two files
 
 A part is a document with its `</s>`; of instructions, contexts and targets come in turns. The folder appears under its
 name only when it is complete.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
+import xxhash
 
 from glm_hf.folders.atomic import AtomicFolder
+from glm_hf.folders.model_folder import read_json, reading
 
-FACTS_FILE = "corpus.json"
-FORMAT = 1
+FACTS_FILE, TOKENS_FILE, BOUNDARIES_FILE = "corpus.json", "tokens.bin", "boundaries.npy"
+FORMAT = 2
+WITHOUT_CHECKSUMS = 1
 SMALL_VOCABULARY = 1 << 16
+DTYPES = ("<u2", "<i4")
+BLOCK_BYTES = 16 * 2**20
+MOST_BLOCK_BYTES = 2**28
+BLOCKS_AT_OPENING = 64
+"""So many blocks of each file, spread evenly, are checked when a corpus is opened: all of them up to 1 GiB."""
+KINDS = ("text", "instructions")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,7 +52,7 @@ class TokenFile:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the folder only."""
-        return open_token_file, (self.folder,)
+        return _map_files, (self.folder,)
 
     @property
     def num_documents(self) -> int:
@@ -63,37 +76,155 @@ def write_token_file(
     Raises:
         OSError: If the disk is full; nothing is left behind then.
     """
-    dtype = np.dtype("<u2" if vocab_size <= SMALL_VOCABULARY else "<i4")
+    dtype = np.dtype(DTYPES[0] if vocab_size <= SMALL_VOCABULARY else DTYPES[1])
     lengths = []
     with AtomicFolder(folder.absolute(), replaces=True).writing() as staged:
-        with (staged / "tokens.bin").open("wb") as file:
+        with (staged / TOKENS_FILE).open("wb") as file:
             for batch in parts:
                 lengths.append(np.fromiter(map(len, batch), np.int64, len(batch)))
                 file.write(np.fromiter((i for part in batch for i in part), dtype, int(lengths[-1].sum())).tobytes())
         boundaries = np.concatenate(([0], *lengths)).cumsum(dtype=np.int64)
-        np.save(staged / "boundaries.npy", boundaries)
+        np.save(staged / BOUNDARIES_FILE, boundaries)
         counts = {"format": FORMAT, "dtype": dtype.str, "num_tokens": int(boundaries[-1]), "vocab_size": vocab_size}
-        text = json.dumps(facts | counts, indent=2, ensure_ascii=False) + "\n"
-        (staged / FACTS_FILE).write_text(text, encoding="utf-8")
+        hashes = {
+            name: [digest for _, _, digest in _hashed(staged / name, BLOCK_BYTES)]
+            for name in (TOKENS_FILE, BOUNDARIES_FILE)
+        }
+        text = json.dumps(facts | counts | {"block_bytes": BLOCK_BYTES, "xxh3_64": hashes}, ensure_ascii=False)
+        (staged / FACTS_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def open_token_file(folder: Path) -> TokenFile:
     """
     Open a corpus that `write_token_file` has written.
 
+    Sizes and some blocks are checked, all of them in a small corpus; `find_damage` checks all.
+
     Raises:
         FileNotFoundError: If the folder or one of its files is not there.
-        ValueError: If the sizes of its files do not fit together.
+        ValueError: If the corpus is damaged, or was written by a version that this one does not know.
     """
-    try:
-        facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
-        boundaries = np.load(folder / "boundaries.npy", mmap_mode="r")
-        dtype, num_tokens = np.dtype(facts["dtype"]), facts["num_tokens"]
-        size = (folder / "tokens.bin").stat().st_size
-        if facts["format"] != FORMAT:
-            raise ValueError(f"it has format {facts['format']}, this version reads {FORMAT}; tokenize it again")
-    except (EOFError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder} is not a tokenized corpus: {error}") from error
+    corpus = _map_files(folder)
+    if problem := next(_problems(corpus, BLOCKS_AT_OPENING), None):
+        raise ValueError(f"{problem}; tokenize it again")
+    if corpus.facts["format"] == WITHOUT_CHECKSUMS:
+        logger.warning("%s was tokenized without checksums, so damage in it cannot be noticed", folder)
+    return corpus
+
+
+def find_damage(corpus: TokenFile) -> list[str]:
+    """Return what is wrong with a corpus, whose files are read as a whole, a line for each block."""
+    return list(_problems(corpus, None))
+
+
+def require_ids(corpus: TokenFile, vocab_size: int, forbidden: Iterable[int]) -> None:
+    """
+    Check ids of a corpus, as many as are checked when it is opened.
+
+    Args:
+        corpus: The corpus.
+        vocab_size: Size of the model's vocabulary.
+        forbidden: Ids that have no place in a text, such as masks; instructions have them.
+
+    Raises:
+        ValueError: If an id is not of the vocabulary, or is forbidden.
+    """
+    has_masks = corpus.facts["kind"] == "instructions"
+    unwanted = np.array([] if has_masks else sorted(forbidden), corpus.tokens.dtype)
+    step = BLOCK_BYTES // corpus.tokens.itemsize
+    for block in _chosen(-(-len(corpus.tokens) // step), BLOCKS_AT_OPENING):
+        ids = corpus.tokens[block * step : (block + 1) * step]
+        if ids.max() >= vocab_size or ids.min() < 0:
+            wrong = (ids >= vocab_size) | (ids < 0)
+        else:
+            is_forbidden = np.zeros(vocab_size, bool)
+            is_forbidden[unwanted] = True
+            wrong = is_forbidden[ids]
+        if wrong.any():
+            place = int(wrong.argmax())
+            raise ValueError(
+                f"{corpus.folder / TOKENS_FILE}: token {block * step + place} is {ids[place]}, which has no place in a "
+                f"text of a vocabulary of {vocab_size}; tokenize it again"
+            )
+
+
+def _require_facts(facts: dict[str, Any]) -> None:
+    """Raise ValueError unless corpus.json holds what this version reads."""
+    if facts.get("format") not in (FORMAT, WITHOUT_CHECKSUMS):
+        raise ValueError(f"it has format {facts.get('format')}, this version reads {FORMAT}; tokenize it again")
+    is_count: Callable[[Any], bool] = lambda value: type(value) is int and value > 0
+    rules: dict[str, Callable[[Any], bool]] = {
+        "kind": lambda value: value in KINDS,
+        "dtype": lambda value: value in DTYPES,
+        "num_tokens": is_count,
+        "vocab_size": is_count,
+    }
+    if facts["format"] == FORMAT:
+        rules |= {"block_bytes": lambda value: is_count(value) and value <= MOST_BLOCK_BYTES, "xxh3_64": _is_hashes}
+    for name, is_valid in rules.items():
+        if not is_valid(facts.get(name)):
+            raise ValueError(f"{FACTS_FILE} has no valid {name}: {str(facts.get(name))[:80]}")
+
+
+def _is_hashes(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(value.get(name), list) for name in (TOKENS_FILE, BOUNDARIES_FILE)
+    )
+
+
+def _map_files(folder: Path) -> TokenFile:
+    """Open the files of a corpus; ValueError if they are of another kind, or their sizes do not fit together."""
+    with reading(folder, "is not a tokenized corpus"):
+        facts = read_json(folder / FACTS_FILE)
+        _require_facts(facts)
+        boundaries = np.lib.format.open_memmap(folder / BOUNDARIES_FILE, mode="r")  # which never unpickles
+        if boundaries.ndim != 1 or boundaries.dtype != np.int64 or len(boundaries) < 2:
+            raise ValueError(f"{BOUNDARIES_FILE} does not hold the boundaries of documents")
+    dtype, num_tokens = np.dtype(facts["dtype"]), facts["num_tokens"]
+    size = (folder / TOKENS_FILE).stat().st_size
     if size != num_tokens * dtype.itemsize or boundaries[-1] != num_tokens:
         raise ValueError(f"{folder} is damaged: {num_tokens} tokens expected, {size} bytes found; tokenize it again")
-    return TokenFile(folder, np.memmap(folder / "tokens.bin", dtype=dtype, mode="r"), boundaries, facts)
+    return TokenFile(folder, np.memmap(folder / TOKENS_FILE, dtype=dtype, mode="r"), boundaries, facts)
+
+
+def _problems(corpus: TokenFile, most_blocks: int | None) -> Iterator[str]:
+    """Yield what is wrong in `most_blocks` blocks of each file, in all of them for None."""
+    if corpus.facts["format"] == FORMAT:
+        for name in (TOKENS_FILE, BOUNDARIES_FILE):
+            path, expected = corpus.folder / name, corpus.facts["xxh3_64"][name]
+            if len(expected) != -(-path.stat().st_size // corpus.facts["block_bytes"]):
+                yield f"{path} has another size than was written"
+                continue
+            blocks = _chosen(len(expected), most_blocks)
+            for block, (start, end, digest) in zip(
+                blocks, _hashed(path, corpus.facts["block_bytes"], blocks), strict=True
+            ):
+                if digest != expected[block]:
+                    yield f"{path} is damaged: bytes {start:,} to {end:,} are not those that were written"
+    step = BLOCK_BYTES // 8
+    for block in _chosen(-(-len(corpus.boundaries) // step), most_blocks):
+        starts = corpus.boundaries[block * step : (block + 1) * step + 1]
+        if starts[0] < 0 or (np.diff(starts) < 0).any():
+            yield f"{corpus.folder / BOUNDARIES_FILE} is damaged: its numbers do not rise"
+            return
+
+
+def _chosen(count: int, most: int | None) -> list[int]:
+    """Return `most` of `count` numbers spread evenly, the first and the last among them; all for None."""
+    if most is None or count <= most:
+        return list(range(count))
+    return np.linspace(0, count - 1, most).astype(int).tolist()
+
+
+def _hashed(path: Path, block_bytes: int, blocks: Iterable[int] | None = None) -> Iterator[tuple[int, int, str]]:
+    """Yield (first byte, byte after the last, hash) of some blocks of a file, of all for None."""
+    with path.open("rb") as file:
+        blocks = range(-(-path.stat().st_size // block_bytes)) if blocks is None else blocks
+        for block in blocks:
+            yield block * block_bytes, *_hash_block(file, block * block_bytes, block_bytes)
+
+
+def _hash_block(file: BinaryIO, start: int, block_bytes: int) -> tuple[int, str]:
+    file.seek(start)
+    content = file.read(block_bytes)
+    return start + len(content), xxhash.xxh3_64_hexdigest(content)

@@ -11,14 +11,11 @@ Layout of a checkpoint, besides what the trainer adds:
 Files are read as tensors and a short list of plain types; a file that would run code is refused.
 """
 
-import collections
 import json
 import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -30,6 +27,7 @@ from torch import distributed as dist
 from glm_hf.configuration_glm import GLMConfig
 from glm_hf.folders.atomic import AtomicFolder
 from glm_hf.folders.model_folder import read_json, require_files
+from glm_hf.folders.plain_types import only_plain_types
 from glm_hf.sharding.degrees import ParallelDegrees
 from glm_hf.sharding.rules import GATED, REPLICATED, ROW, SHARD_RULES, ShardRule
 
@@ -133,27 +131,6 @@ def universal_info(config: GLMConfig) -> dict[str, Any]:
         "tp_replicated_parameter_patterns": [*patterns(REPLICATED), rf"{norm}\.(weight|bias)$"],
         "pipeline_replicated_parameter_patterns": [r"tied_modules\."],
     }
-
-
-@contextmanager
-def only_plain_types() -> Iterator[None]:
-    """Let DeepSpeed, which unpickles whatever a file holds, read nothing but tensors and the types it writes."""
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    known = [collections.OrderedDict, DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
-    try:
-        with torch.serialization.safe_globals(known):
-            yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 def main() -> None:

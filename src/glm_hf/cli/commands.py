@@ -44,8 +44,24 @@ def add_tp_size(command: Any) -> None:
 
 
 def add_no_resume(command: Any) -> None:
-    """Add the option that starts anew."""
+    """Add the options that start anew."""
     command.add_argument("--no-resume", action="store_true", help="discard what an interrupted run has written")
+    add_overwrite(command)
+
+
+def add_overwrite(command: Any) -> None:
+    """Add the option that replaces what is there."""
+    command.add_argument("--overwrite", action="store_true", help="replace the output folder if it exists")
+
+
+def add_strict(command: Any) -> None:
+    """Add the option that refuses weights without a meaning."""
+    command.add_argument("--strict", action="store_true", help="refuse weights that are NaN or infinite")
+
+
+def rerun_settings(options: argparse.Namespace) -> dict[str, bool]:
+    """Return the settings of the options that `add_no_resume` has added."""
+    return {"resume": not options.no_resume, "overwrite": options.overwrite}
 
 
 def add_max_shard_size(command: Any) -> None:

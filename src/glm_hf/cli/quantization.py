@@ -3,7 +3,14 @@
 import argparse
 from typing import Any
 
-from glm_hf.cli.commands import add_command, add_folders, add_max_shard_size, add_no_resume
+from glm_hf.cli.commands import (
+    add_command,
+    add_folders,
+    add_max_shard_size,
+    add_no_resume,
+    add_overwrite,
+    rerun_settings,
+)
 
 
 def add_quantize(commands: Any) -> None:
@@ -23,7 +30,7 @@ def quantize(options: argparse.Namespace) -> None:
 
     names = ("bits", "group_size", "quantize_embeddings", "max_shard_size")
     settings = {name: getattr(options, name) for name in names}
-    quantize_checkpoint(options.src, options.dst, **settings, resume=not options.no_resume)
+    quantize_checkpoint(options.src, options.dst, **settings, **rerun_settings(options))
     print(options.dst)
 
 
@@ -41,11 +48,14 @@ def add_analyze(commands: Any) -> None:
         metavar="N",
         help="group size of INT4; may be repeated (default: 128)",
     )
+    add_overwrite(command)
 
 
 def analyze(options: argparse.Namespace) -> None:
     """Run `analyze`."""
     from glm_hf.conversion.analysis.report import describe_analysis, write_analysis
 
-    print(describe_analysis(write_analysis(options.src, options.output, group_sizes=options.group_size or (128,))))
+    group_sizes = options.group_size or (128,)
+    analysis = write_analysis(options.src, options.output, group_sizes=group_sizes, overwrite=options.overwrite)
+    print(describe_analysis(analysis))
     print(options.output)

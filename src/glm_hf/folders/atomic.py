@@ -4,17 +4,25 @@ Beside the destination `NAME` lies a hidden folder `.NAME.partial` until the end
     folder/         what is to become the destination, as far as it is written
     lock            held by the process that writes, and gone with it
     replaced.NAME/  an earlier destination, in the moment in which the new one takes its place
+
+A destination may hold a record of what it was made from, by which the same work, asked for again, is known to be done:
+`.complete.json`: {"origin": plan and sources, "files": {name: bytes}}.
 """
 
+import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 from filelock import FileLock, Timeout
+
+RECORD = ".complete.json"
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +43,7 @@ class AtomicFolder:
         completed_by: Name of the file that completes a destination which holds other things as well: it is removed
             first, and moved there last. None for a destination that is a folder of its own.
         replaced_files: Names of files in such a destination that the new ones replace.
+        origin: What the destination is made from, as JSON, to be recorded in it; None for no record.
     """
 
     def __init__(
@@ -47,8 +56,9 @@ class AtomicFolder:
         owns: frozenset[str] = frozenset(),
         completed_by: str | None = None,
         replaced_files: re.Pattern[str] | None = None,
+        origin: Mapping[str, Any] | None = None,
     ) -> None:
-        self.dst, self.replaces = dst, replaces
+        self.dst, self.replaces, self.origin = dst, replaces, origin
         self.completed_by, self.replaced_files = completed_by, replaced_files
         self.has_own_home = home is None
         self.home = dst.with_name(f".{dst.name}.partial") if home is None else home
@@ -66,8 +76,7 @@ class AtomicFolder:
                 what no writer has left there.
             OSError: If another process is writing to the destination, or the disk is full.
         """
-        if not self.replaces and self.completed_by is None:
-            require_vacant(self.dst)
+        self.require_possible()
         with self.locked():
             self.clear()
             self.work.mkdir()
@@ -77,24 +86,40 @@ class AtomicFolder:
             finally:
                 self.remove()
 
+    def require_possible(self) -> None:
+        """Raise FileExistsError if the destination holds something and is not to be replaced."""
+        if self.replaces:
+            require_replaceable(self.dst)
+        elif self.completed_by is None:
+            require_vacant(self.dst)
+
+    def is_complete(self, write_small_files: Callable[[Path], None] | None = None) -> bool:
+        """
+        Tell whether the destination was made from the same origin, and has all of its files; logs it then.
+
+        Args:
+            write_small_files: Writes files to a folder that those of the destination have to equal.
+        """
+        if self.replaces or self.origin is None or not is_complete(self.dst, self.origin):
+            return False
+        if write_small_files is not None:
+            with TemporaryDirectory() as folder:
+                write_small_files(Path(folder))
+                if any(path.read_bytes() != (self.dst / path.name).read_bytes() for path in Path(folder).iterdir()):
+                    return False
+        if self.home.is_dir():  # whose process was killed in its last moment, or is about to end
+            with suppress(OSError), self.locked():
+                self.remove()
+        logger.warning("%s is already complete", self.dst)
+        return True
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Make the hidden folder and hold its lock; FileExistsError if the folder is not of a writer."""
         self.require_own()
         self.home.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.home / "lock")
-        try:
-            lock.acquire(blocking=False)
-        except Timeout as error:
-            raise OSError(
-                f"another process is writing to {self.dst}; wait for it or choose another destination"
-            ) from error
-        except NotImplementedError:
-            logger.warning("%s cannot be locked on this file system; do not start a second run for it", self.dst)
-        try:
+        with exclusive(self.home / "lock", self.dst):
             yield
-        finally:
-            lock.release()
 
     def require_own(self) -> None:
         """Raise FileExistsError if the hidden folder holds what no writer of this destination has left there."""
@@ -111,6 +136,8 @@ class AtomicFolder:
 
     def publish(self) -> None:
         """Give the written folder its name once all of its bytes are on the disk."""
+        if self.origin is not None:
+            write_record(self.work, self.origin)
         sync_tree(self.work)
         if self.completed_by is not None:
             self._move_files(self.completed_by)
@@ -144,6 +171,51 @@ class AtomicFolder:
         shutil.rmtree(self.home, ignore_errors=True)
 
 
+@contextmanager
+def exclusive(lock: Path, what: Path) -> Iterator[None]:
+    """Hold a lock file, which is removed at the end; OSError if another process works on `what`, which it stands for."""
+    held = FileLock(lock)
+    try:
+        held.acquire(blocking=False)
+    except Timeout as error:
+        raise OSError(f"another process is writing to {what}; wait for it or choose another destination") from error
+    except NotImplementedError:
+        logger.warning("%s cannot be locked on this file system; do not start a second run for it", what)
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # of systems that keep files which are open
+            lock.unlink()
+        held.release()
+
+
+def remove_leftovers(parent: Path) -> None:
+    """Remove the hidden folders in `parent` that killed processes have left, for whatever destination."""
+    for home in parent.glob(".*.partial"):
+        if home.is_dir() and {path.name for path in home.iterdir()} <= {"lock", "folder"}:
+            with suppress(OSError), exclusive(home / "lock", home):
+                shutil.rmtree(home)
+
+
+def write_record(folder: Path, origin: Mapping[str, Any]) -> None:
+    """Record in a folder that it is complete, with the files that it holds, and what it was made from."""
+    files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    files.pop(RECORD, None)
+    text = json.dumps({"origin": origin, "files": dict(sorted(files.items()))}, indent=2) + "\n"
+    (folder / RECORD).write_text(text, encoding="utf-8")
+
+
+def is_complete(folder: Path, origin: Mapping[str, Any]) -> bool:
+    """Tell whether a folder has a record of this origin, and all files that it tells of."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        is_same = record["origin"] == json.loads(json.dumps(origin))
+        has_all = all((folder / name).stat().st_size == size for name, size in record["files"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # no record, or a damaged one
+        return False
+    return is_same and has_all
+
+
 def require_vacant(dst: Path) -> None:
     """
     Check that a finished folder can be renamed to `dst`: a new path or an empty folder.
@@ -155,7 +227,15 @@ def require_vacant(dst: Path) -> None:
     if dst.is_mount():
         raise ValueError(f"{dst} is a mount point and cannot be replaced; choose a folder in it")
     if (dst.exists() and not dst.is_dir()) or (dst.is_dir() and any(dst.iterdir())):
-        raise FileExistsError(f"{dst} exists already; choose another folder or remove it")
+        raise FileExistsError(f"{dst} exists already; choose another folder, or overwrite it")
+
+
+def require_replaceable(dst: Path) -> None:
+    """Raise FileExistsError if `dst` is no folder, ValueError if it is a mount point."""
+    if dst.is_mount():
+        raise ValueError(f"{dst} is a mount point and cannot be replaced; choose a folder in it")
+    if dst.exists() and not dst.is_dir():
+        raise FileExistsError(f"{dst} is a file; choose another destination or remove it")
 
 
 def free_space(dst: Path) -> int:

@@ -9,7 +9,8 @@ README.md, LICENSE              model card and licence, if the folder that the m
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,18 @@ def require_matching_tokenizer(tokenizer: Any, config: GLMConfig) -> None:
                 f"the tokenizer has {name} = {known_id}, but the config has {token_id}; use the tokenizer that "
                 "belongs to the model, or a config with the special ids of the tokenizer"
             )
+
+
+@contextmanager
+def reading(path: str | Path, problem: str = "is damaged") -> Iterator[None]:
+    """Turn whatever a library trips over in a damaged file into a ValueError of one line, with the file's name."""
+    try:
+        yield
+    except OSError:  # which has the name
+        raise
+    except Exception as error:
+        lines = str(error).strip().splitlines()
+        raise ValueError(f"{path} {problem}: {lines[0] if lines else type(error).__name__}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -9,17 +9,20 @@ import inspect
 import logging
 import os
 import shutil
+from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import HfApi
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from glm_hf.configuration_glm import GLMConfig
-from glm_hf.folders.atomic import AtomicFolder, require_vacant
+from glm_hf.folders.atomic import RECORD, AtomicFolder
+from glm_hf.folders.finite import FiniteWeights
 from glm_hf.folders.model_folder import (
     INDEX,
     parse_config,
@@ -40,18 +43,21 @@ AUTO_MAP = {
     "AutoModelForDecision": "modeling_glm.GLMForBlankInfilling",  # the class that `transformers serve` tries first
 }
 TOKENIZER_AUTO_MAP: dict[str, list[str | None]] = {"AutoTokenizer": ["tokenization_glm.GLMTokenizer", None]}
+BLOCK_ELEMENTS = 2 * 2**20
 NEEDED = ("config.json", "tokenizer.json", "tokenizer_config.json")
 
 logger = logging.getLogger(__name__)
 
 
-def export_hub_folder(src: str | Path, dst: str | Path, *, push_to: str | None = None) -> None:
+def export_hub_folder(
+    src: str | Path, dst: str | Path, *, push_to: str | None = None, overwrite: bool = False, strict: bool = False
+) -> None:
     """
     Make a folder that loads with `trust_remote_code=True` without glm_hf, and upload it when asked.
 
     Weights are hard links to those of `src` where the file system allows it: they take no space, and must not be
     changed in place. Other files are copies. Training state and whatever else lies in `src` stays behind; the model
-    card is written anew.
+    card is written anew. Once the folder is complete, the same call does nothing but the upload.
 
     Args:
         src: Folder of a model with its tokenizer, made by the converter or by `save_pretrained`.
@@ -59,12 +65,14 @@ def export_hub_folder(src: str | Path, dst: str | Path, *, push_to: str | None =
         push_to: Repository `"owner/name"` on the Hub, created if it does not exist. Login, and whether a new
             repository is private, are huggingface_hub's and the account's. An interrupted upload is resumed by
             `hf upload REPO DST`.
+        overwrite: Whether to replace a folder at `dst`, once the new one is complete.
+        strict: Whether NaN and infinity among the weights are an error rather than a warning.
 
     Raises:
         FileNotFoundError: If `src` lacks the configuration, the tokenizer or weights.
-        FileExistsError: If `dst` holds something already.
-        ValueError: If `src` is not a GLM-130B model, is quantized or has damaged files, or `push_to` is not a
-            repository name.
+        FileExistsError: If `dst` holds something else already.
+        ValueError: If `src` is not a GLM-130B model, is quantized, has damaged files or files that lie elsewhere, or
+            `push_to` is not a repository name.
         OSError: If the Hub refuses the upload or the disk is full.
     """
     src, dst = Path(src), Path(os.path.abspath(dst))
@@ -73,10 +81,10 @@ def export_hub_folder(src: str | Path, dst: str | Path, *, push_to: str | None =
     weights = weight_files(src)
     num_parameters = sum(map(_num_parameters, weights))
     card = model_card(config, push_to or dst.name, num_parameters, sum(path.stat().st_size for path in weights))
-    require_vacant(dst)
-    if push_to is not None:
-        HfApi().create_repo(push_to, exist_ok=True)  # first, so that a missing login costs no time
-    with AtomicFolder(dst).writing() as folder:
+    sources = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in weights}
+    target = AtomicFolder(dst, replaces=overwrite, origin={"plan": {"strict": strict}, "sources": sources})
+
+    def write_small_files(folder: Path) -> None:
         write_model_files(folder, config, source=src)
         (folder / "README.md").write_text(card, encoding="utf-8")
         write_json(folder / "config.json", config | {"auto_map": AUTO_MAP})
@@ -85,9 +93,41 @@ def export_hub_folder(src: str | Path, dst: str | Path, *, push_to: str | None =
         index = [src / INDEX] if (src / INDEX).is_file() else []
         for path in (*index, *_source_files()):
             shutil.copyfile(path, folder / path.name)
-        _link_or_copy(weights, folder)
+
+    is_complete = target.is_complete(write_small_files)
+    if not is_complete:
+        target.require_possible()
     if push_to is not None:
-        HfApi().upload_folder(repo_id=push_to, folder_path=dst)
+        HfApi().create_repo(push_to, exist_ok=True)  # first, so that a missing login costs no time
+    if not is_complete:
+        with target.writing() as folder:
+            write_small_files(folder)
+            _watch(weights, FiniteWeights(strict))
+            _link_or_copy(weights, folder)
+    if push_to is not None:
+        HfApi().upload_folder(repo_id=push_to, folder_path=dst, ignore_patterns=[RECORD])
+
+
+def _watch(weights: list[Path], finite: FiniteWeights) -> None:
+    """Read all weights, and report those that are not finite."""
+    num_bytes = sum(path.stat().st_size for path in weights)
+    with tqdm(total=num_bytes, desc="Checking", unit="B", unit_scale=True, disable=None) as progress:
+        for path in weights:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():
+                    for block in finite.watch(name, _blocks(file.get_slice(name))):
+                        progress.update(block.nbytes)
+
+
+def _blocks(stored: Any) -> Iterator[torch.Tensor]:
+    """Yield a tensor of a safetensors file in blocks of rows."""
+    shape = stored.get_shape()
+    if not shape:
+        yield stored[...].reshape(1)
+        return
+    step = max(1, BLOCK_ELEMENTS // max(1, prod(shape[1:])))
+    for start in range(0, shape[0], step):
+        yield stored[start : start + step]
 
 
 def _read_config(src: Path) -> dict[str, Any]:

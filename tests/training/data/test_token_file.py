@@ -12,10 +12,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 
 from glm_hf.training.data import token_file
-from glm_hf.training.data.token_file import TokenFile, open_token_file, write_token_file
+from glm_hf.training.data.token_file import (
+    BLOCK_BYTES,
+    TokenFile,
+    find_damage,
+    open_token_file,
+    require_ids,
+    write_token_file,
+)
 
+DATA_FILES = ("tokens.bin", "boundaries.npy")
 FACTS = {"kind": "text", "source": "语料.jsonl"}
 PARTS = [[3, 1, 4], [1], [5, 9, 2, 6]]
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="starts processes by fork")
@@ -54,7 +63,9 @@ def test_batches_follow_each_other(folder):
 def test_files_say_what_they_hold(folder):
     corpus = written(folder)
     facts = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
-    assert facts == {**FACTS, "format": 1, "dtype": "<u2", "num_tokens": 8, "vocab_size": 10} == corpus.facts
+    hashes = {name: [xxhash.xxh3_64_hexdigest((folder / name).read_bytes())] for name in DATA_FILES}
+    counts = {"format": 2, "dtype": "<u2", "num_tokens": 8, "vocab_size": 10, "block_bytes": BLOCK_BYTES}
+    assert facts == {**FACTS, **counts, "xxh3_64": hashes} == corpus.facts
     assert {path.name for path in folder.iterdir()} == {"tokens.bin", "boundaries.npy", "corpus.json"}
 
 
@@ -207,6 +218,88 @@ def test_a_damaged_corpus_json_is_an_error(folder, content):
 def test_a_folder_of_another_format_is_refused(folder):
     written(folder)
     facts = json.loads((folder / "corpus.json").read_text())
-    (folder / "corpus.json").write_text(json.dumps(facts | {"format": 2}))
-    with pytest.raises(ValueError, match="has format 2, this version reads 1; tokenize it again"):
+    (folder / "corpus.json").write_text(json.dumps(facts | {"format": 3}))
+    with pytest.raises(ValueError, match="has format 3, this version reads 2; tokenize it again"):
         open_token_file(folder)
+
+
+def flip(path, position: int, bit: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1 << bit
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", DATA_FILES)
+def test_every_flipped_bit_is_noticed(folder, name):
+    written(folder)
+    size = (folder / name).stat().st_size
+    for position in range(size):
+        flip(folder / name, position, position % 8)
+        with pytest.raises(ValueError, match=r"corpus.* is (damaged|not a tokenized corpus)"):
+            open_token_file(folder)
+        flip(folder / name, position, position % 8)
+    assert parts_of(open_token_file(folder)) == PARTS
+
+
+def test_a_large_corpus_is_checked_in_part_when_it_is_opened_and_as_a_whole_when_asked(folder, monkeypatch):
+    monkeypatch.setattr(token_file, "BLOCK_BYTES", 64)
+    written(folder, [[7] * 32] * 100, vocab_size=10)  # a block each
+    monkeypatch.setattr(token_file, "BLOCKS_AT_OPENING", 4)
+    for block, is_seen in ((0, True), (1, False), (33, True), (50, False), (99, True)):
+        flip(folder / "tokens.bin", block * 64 + 5, 3)
+        if is_seen:
+            with pytest.raises(ValueError, match="tokens.bin is damaged: bytes"):
+                open_token_file(folder)
+        else:
+            [problem] = find_damage(open_token_file(folder))
+            assert f"bytes {block * 64:,} to {(block + 1) * 64:,} are not those that were written" in problem
+        flip(folder / "tokens.bin", block * 64 + 5, 3)
+    assert find_damage(open_token_file(folder)) == []
+
+
+def test_a_corpus_of_an_earlier_version_is_read_with_a_warning(folder, caplog):
+    written(folder)
+    facts = json.loads((folder / "corpus.json").read_text())
+    old = {name: facts[name] for name in facts if name not in ("xxh3_64", "block_bytes")} | {"format": 1}
+    (folder / "corpus.json").write_text(json.dumps(old))
+    assert parts_of(open_token_file(folder)) == PARTS
+    assert "without checksums" in caplog.text
+    np.save(folder / "boundaries.npy", np.array([0, 5, 3, 6, 8]))
+    with pytest.raises(ValueError, match="its numbers do not rise"):
+        open_token_file(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dtype": "O"},
+        {"dtype": "<i8"},
+        {"num_tokens": 10**30},
+        {"num_tokens": True},
+        {"block_bytes": 10**18},
+        {"block_bytes": 0},
+        {"xxh3_64": {}},
+        {"xxh3_64": {"tokens.bin": 5, "boundaries.npy": []}},
+        {"xxh3_64": {"tokens.bin": [], "boundaries.npy": []}},
+        {"kind": ["text"]},
+    ],
+)
+def test_impossible_facts_are_an_error(folder, change):
+    written(folder)
+    facts = json.loads((folder / "corpus.json").read_text())
+    (folder / "corpus.json").write_text(json.dumps(facts | change))
+    with pytest.raises(ValueError, match="corpus"):
+        open_token_file(folder)
+
+
+@pytest.mark.parametrize(
+    ("ids", "kind", "found"), [([3, 50], "text", 50), ([3, 7], "text", 7), ([8, 50], "instructions", 50)]
+)
+def test_ids_beyond_the_vocabulary_and_masks_in_a_text_are_an_error(folder, ids, kind, found):
+    corpus = written(folder, [[1, 2], ids], kind=kind, vocab_size=100)
+    with pytest.raises(ValueError, match=rf"tokens.bin: token [23] is {found}, which has no place"):
+        require_ids(corpus, 40, {7, 8})
+
+
+def test_masks_in_instructions_are_right(folder):
+    require_ids(written(folder, [[1, 7], [3]], kind="instructions", vocab_size=100), 40, {7})
