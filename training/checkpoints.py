@@ -1,26 +1,150 @@
-"""Checkpoints that are there as a whole or not at all, written and checked by several processes together."""
+"""
+A trainer whose checkpoints are there as a whole or not at all, and resumed from only while every byte is as written.
 
+All processes of a run write and check them together.
+"""
+
+import json
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
-from glm_hf.folders.atomic import AtomicFolder
+from glm_hf.folders.atomic import AtomicFolder, exclusive
 from glm_hf.folders.checksums import CHECKSUMS, compute_checksums, files_of, find_damage, spread, write_checksums
-from glm_hf.folders.model_folder import read_json
+from glm_hf.folders.model_folder import read_json, reading
+from glm_hf.folders.plain_types import only_plain_types
+from glm_hf.training.token_loss import TokenLossTrainer
 
+LOCK = ".lock"
 STAGING = ".partial-checkpoint"
 STATE_FILE = "glm_training_state.json"
 """What a resumed run needs besides the state of `Trainer`."""
 HAS_CHECKSUMS = "has_checksums"
+UNFIT = "cannot be resumed from"
 
 logger = logging.getLogger(__name__)
+
+
+class CheckpointingTrainer(TokenLossTrainer):
+    """`Trainer`, which saves checkpoints beside their places, resumes from whole ones only, and is alone in its folder."""
+
+    is_saving = False
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
+    ) -> Any:
+        """
+        Train as `Trainer` does.
+
+        Raises:
+            OSError: If another run is writing to the output folder.
+            ValueError: If the checkpoint to resume from lacks a file, is damaged, or holds more than tensors and plain
+                types; on all processes.
+        """
+        with alone(Path(self.args.output_dir), self.accelerator, self.args.should_save), only_plain_types():
+            if resume_from_checkpoint is True:
+                resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
+            if isinstance(resume_from_checkpoint, str):
+                require_whole(Path(resume_from_checkpoint), self.accelerator)
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
+    ) -> tuple[Any, DataLoader]:
+        """Wrap the model, and load a checkpoint; ValueError if that is impossible."""
+        with nullcontext() if resume_from_checkpoint is None else reading(resume_from_checkpoint, UNFIT):
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load weights; ValueError if they are damaged or of another model."""
+        with reading(resume_from_checkpoint, UNFIT):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Load the states of random number generators; ValueError if they are damaged."""
+        with reading(str(checkpoint), UNFIT):
+            super()._load_rng_state(checkpoint)
+
+    def _load_best_model(self) -> None:
+        """Return to the best checkpoint; ValueError if it is damaged."""
+        require_whole(Path(self.state.best_model_checkpoint), self.accelerator)
+        super()._load_best_model()
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Raise ValueError if a checkpoint is of another model."""
+        ignored = set(getattr(self.model, "all_tied_weights_keys", ()))
+        missing, unexpected = set(load_result.missing_keys) - ignored, load_result.unexpected_keys
+        if missing or unexpected:
+            name, state = (min(missing), "lacks") if missing else (unexpected[0], "has an unknown")
+            raise ValueError(f"the checkpoint is of another model: it {state} {name}")
+        super()._issue_warnings_after_load(load_result)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Return the output folder; while a checkpoint is written, a hidden folder in it."""
+        folder = super()._get_output_dir(trial)
+        return str(Path(folder) / STAGING) if self.is_saving else folder
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """
+        Save a checkpoint beside its place and move it there when every byte is on the disk.
+
+        Raises:
+            OSError: If it cannot be written; earlier checkpoints stay as they are.
+        """
+        run, args = Path(super()._get_output_dir(trial)), self.args
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        is_shared = not args.save_on_each_node
+        with staged_checkpoint(run, name, self.accelerator, writes=args.should_save, is_shared=is_shared) as staged:
+            self.is_saving = True
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.is_saving = False
+            if self.state.best_model_checkpoint == str(staged):
+                self.state.best_model_checkpoint = str(run / name)
+            if args.should_save:
+                self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
+                state = self._own_state() | {HAS_CHECKSUMS: True}
+                (staged / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n")
+        if args.should_save:
+            rotate_checkpoints(str(run), args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+        if args.push_to_hub:
+            super()._push_from_checkpoint(str(run / name))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push nothing yet: the folder still has to get its name."""
+
+    def _own_state(self) -> dict[str, Any]:
+        """Return what a resumed run needs besides the state of `Trainer`."""
+        return {}
+
+
+@contextmanager
+def alone(run: Path, accelerator: Accelerator, writes: bool) -> Iterator[None]:
+    """Keep an output folder to the processes of one run, which all enter; OSError on all if another run has it."""
+    with ExitStack() as stack:
+        problems = []
+        if writes:
+            try:
+                run.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(exclusive(run / LOCK, run))
+            except OSError as error:
+                problems.append(str(error))
+        problems = gather_object(problems)
+        if problems:
+            raise OSError(problems[0])
+        yield
 
 
 @contextmanager
@@ -59,13 +183,15 @@ def staged_checkpoint(
 
 def _add_checksums(staged: Path, accelerator: Accelerator, writes: bool, is_shared: bool) -> None:
     """Write the checksums of all files in a folder that is complete."""
+    hashed = {}
     if is_shared:
-        share = spread(staged, files_of(staged), accelerator.process_index, accelerator.num_processes)
+        names = files_of(staged) if staged.is_dir() else []
+        share = spread(staged, names, accelerator.process_index, accelerator.num_processes)
         hashed = dict(gather_object(list(compute_checksums(staged, share).items())))
-    elif writes:
-        hashed = compute_checksums(staged, files_of(staged))
     if writes:
-        write_checksums(staged, hashed)
+        names = files_of(staged)
+        hashed |= compute_checksums(staged, [name for name in names if name not in hashed])
+        write_checksums(staged, {name: hashed[name] for name in names})
 
 
 def require_whole(checkpoint: Path, accelerator: Accelerator) -> None:
@@ -114,6 +240,9 @@ def _missing_state(checkpoint: Path) -> list[str]:
     needed = [TRAINER_STATE_NAME]
     if not (checkpoint / "latest").is_file():  # DeepSpeed's, which misses its files itself
         needed += [OPTIMIZER_NAME, SCHEDULER_NAME]
+    if (checkpoint / TRAINER_STATE_NAME).is_file():
+        with reading(checkpoint / TRAINER_STATE_NAME):
+            TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
     missing = [name for name in needed if not (checkpoint / name).is_file()]
     hint = "; a checkpoint saved with save_only_model can begin a new run, as its model"
     return [f"{checkpoint / name} is missing{hint if name == OPTIMIZER_NAME else ''}" for name in missing]

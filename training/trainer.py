@@ -1,7 +1,6 @@
 """transformers' Trainer with what GLM-130B's training needs."""
 
 import contextlib
-import json
 import math
 import time
 from collections.abc import Mapping
@@ -16,10 +15,10 @@ from accelerate.utils import gather_object
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy, rotate_checkpoints
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils import logging
 
+from glm_hf.folders.model_folder import read_json
 from glm_hf.training.arguments import (
     REFUSED,
     SAMPLE_SCHEDULE,
@@ -29,7 +28,7 @@ from glm_hf.training.arguments import (
     require_one_schedule,
     require_whole_steps,
 )
-from glm_hf.training.checkpoints import STAGING, staged_checkpoint
+from glm_hf.training.checkpoints import STATE_FILE, CheckpointingTrainer
 from glm_hf.training.data.collator import DataCollatorForBlankInfilling
 from glm_hf.training.data.dataset import BlankInfillingDataset
 from glm_hf.training.data.sampler import ShuffledEpochs, StepSampler, loader_options
@@ -39,14 +38,11 @@ from glm_hf.training.gradient_shrink import shrink_embedding_gradient
 from glm_hf.training.measurements import LossMeter, flops_per_token, peak_tflops
 from glm_hf.training.pipeline.micro_batches import Batch, split_rows
 from glm_hf.training.schedules import BatchSchedule, LearningRateSchedule, PiecewiseLinear, parse_ranges
-from glm_hf.training.token_loss import TokenLossTrainer
-
-STATE_FILE = "glm_training_state.json"
 
 logger = logging.get_logger(__name__)
 
 
-class GLMTrainer(TokenLossTrainer):
+class GLMTrainer(CheckpointingTrainer):
     """
     transformers' `Trainer`, counting in samples, with GLM-130B's schedules, losses by objective and safeguards.
 
@@ -108,7 +104,6 @@ class GLMTrainer(TokenLossTrainer):
         self.embedding_norm: torch.Tensor | None = None
         self.step_loss: torch.Tensor | None = None
         self.last_log = time.perf_counter()
-        self.is_saving = False
 
     def _require_possible(self) -> None:
         """Raise ValueError if the model, the data or DeepSpeed do not go with the arguments."""
@@ -332,39 +327,6 @@ class GLMTrainer(TokenLossTrainer):
         if self._globalstep_last_logged == step:
             self._tr_loss.nan_to_num_()  # it was reset by subtracting itself
 
-    def _get_output_dir(self, trial: Any) -> str:
-        """Return the output folder; while a checkpoint is written, a hidden folder in it."""
-        folder = super()._get_output_dir(trial)
-        return str(Path(folder) / STAGING) if self.is_saving else folder
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """
-        Save a checkpoint beside its place and move it there when every byte is on the disk.
-
-        Raises:
-            OSError: If it cannot be written; earlier checkpoints stay as they are.
-        """
-        run = Path(super()._get_output_dir(trial))
-        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        with staged_checkpoint(run, name, self.accelerator, writes=self.args.should_save) as staged:
-            self.is_saving = True
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self.is_saving = False
-            if self.state.best_model_checkpoint == str(staged):
-                self.state.best_model_checkpoint = str(run / name)
-            if self.args.should_save:
-                self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
-                (staged / STATE_FILE).write_text(json.dumps(self._own_state(), indent=1) + "\n")
-        if self.args.should_save:
-            rotate_checkpoints(str(run), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
-        if self.args.push_to_hub:
-            super()._push_from_checkpoint(str(run / name))
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Push nothing yet: the folder still has to get its name."""
-
     def _own_state(self) -> dict[str, Any]:
         """Return what a resumed run needs besides the state of `Trainer`."""
         return {
@@ -385,7 +347,7 @@ class GLMTrainer(TokenLossTrainer):
         result = super()._init_training_state(max_steps, num_steps, num_epochs, resume_from_checkpoint, trial)
         file = Path(resume_from_checkpoint or "") / STATE_FILE
         if resume_from_checkpoint is not None and file.is_file():
-            state = json.loads(file.read_text())
+            state = read_json(file)
             step = self.state.global_step
             here = int(self.samples_before[min(step, max_steps)])
             if state["samples"] != here and not self.args.ignore_data_skip:

@@ -13,7 +13,7 @@ from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
 from glm_hf.configuration_glm import GLMConfig
-from glm_hf.folders.model_folder import read_config
+from glm_hf.folders.model_folder import read_config, reading
 from glm_hf.sharding.degrees import ParallelDegrees
 from glm_hf.training.arguments import (
     MATRIX_FREE,
@@ -23,6 +23,7 @@ from glm_hf.training.arguments import (
     require_honoured,
     require_objects,
 )
+from glm_hf.training.checkpoints import UNFIT, require_whole
 from glm_hf.training.data.blanks import IGNORED
 from glm_hf.training.data.sampler import loader_options
 from glm_hf.training.measurements import LossMeter
@@ -314,12 +315,14 @@ class GLM3DTrainer(GLMTrainer):
 
     def _load_engine(self, checkpoint: str) -> None:
         """Go on from a checkpoint, of these degrees of parallelism or others."""
-        load_engine(self.engine, Path(checkpoint), self.parallel)
-        state = torch.load(Path(checkpoint) / SCHEDULER_NAME, map_location="cpu", weights_only=True)
-        self.lr_scheduler.load_state_dict(state)
+        with reading(checkpoint, UNFIT):
+            load_engine(self.engine, Path(checkpoint), self.parallel)
+            state = torch.load(Path(checkpoint) / SCHEDULER_NAME, map_location="cpu", weights_only=True)
+            self.lr_scheduler.load_state_dict(state)
 
     def _load_best_model(self) -> None:
-        """Return to the best checkpoint."""
+        """Return to the best checkpoint; ValueError if it is damaged."""
+        require_whole(Path(self.state.best_model_checkpoint), self.accelerator)
         self._load_engine(self.state.best_model_checkpoint)
 
     def _save_rng_state(self, output_dir: str) -> None:

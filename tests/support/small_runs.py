@@ -1,5 +1,6 @@
 """Short training runs of a tiny model on random texts."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +10,20 @@ from torch.utils.data import Dataset, IterableDataset
 from glm_hf import GLMForBlankInfilling
 from glm_hf.training import DataCollatorForBlankInfilling, GLMTrainer, GLMTrainingArguments, InfillingRecipe
 
+EXAMPLES = Path(__file__).parents[2] / "examples" / "training"
 RECIPE = InfillingRecipe(row_length=48, window_length=24)
+
+
+def zero(stage: int) -> dict:
+    """The configuration that users are given, for a device without fp16."""
+    return json.loads((EXAMPLES / f"zero{stage}.json").read_text())
+
+
+def prepare_deepspeed() -> None:
+    """Keep DeepSpeed from compiling an operator that nothing here uses, for minutes."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 class Texts(Dataset):

@@ -6,13 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from forked import run_ranks, start, wait
-from small_runs import SomeTwice, Texts, losses, make_trainer
+from small_runs import SomeTwice, Texts, losses, make_trainer, prepare_deepspeed, zero
 from torch import distributed as dist
 
 from glm_hf import GLMForBlankInfilling, GLMQuantizationConfig
 from glm_hf.training import DivergenceError, GLMTrainingArguments
 
-EXAMPLES = Path(__file__).parents[2] / "examples" / "training"
 SETTINGS = {"max_steps": 5, "per_device_train_batch_size": 2, "embedding_gradient_shrink": 0.3}
 
 
@@ -57,18 +56,6 @@ def test_all_ranks_return_to_the_best_model(model_folder, tmp_path):
     best = GLMForBlankInfilling.from_pretrained(tmp_path / "run" / "checkpoint-2", dtype="float32")
     for found in ranks:
         assert all(torch.equal(found[name], weight) for name, weight in best.named_parameters())
-
-
-def zero(stage: int) -> dict:
-    """The configuration that users are given, for a device without fp16."""
-    return json.loads((EXAMPLES / f"zero{stage}.json").read_text())
-
-
-def prepare_deepspeed() -> None:
-    """Keep DeepSpeed from compiling an operator that nothing here uses, for minutes."""
-    import deepspeed
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def test_ddp_gives_the_losses_of_one_process(model_folder, tmp_path, alone):

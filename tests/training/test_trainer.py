@@ -2,8 +2,8 @@
 
 import copy
 import json
-import time
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from glm_hf import GLMForBlankInfilling
 from glm_hf.training import GLMTrainer
+from glm_hf.training import trainer as trainer_module
 from glm_hf.training.data.sampler import ShuffledEpochs, StepSampler
 
 
@@ -274,7 +275,7 @@ def test_a_run_of_steps_is_longer_than_its_samples(model_folder, tmp_path):
 
 def test_throughput_is_of_the_time_since_the_last_log(model_folder, tmp_path, monkeypatch):
     clock = iter(range(0, 1000, 10))
-    monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(trainer_module, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
     trainer = make_trainer(model_folder, tmp_path, max_steps=3)
     tokens = [int((batch["segment_ids"] > 0).sum()) for batch in trainer.get_train_dataloader()]
     trainer.train()

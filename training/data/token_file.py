@@ -152,18 +152,21 @@ def _require_facts(facts: dict[str, Any]) -> None:
     """Raise ValueError unless corpus.json holds what this version reads."""
     if facts.get("format") not in (FORMAT, WITHOUT_CHECKSUMS):
         raise ValueError(f"it has format {facts.get('format')}, this version reads {FORMAT}; tokenize it again")
-    is_count: Callable[[Any], bool] = lambda value: type(value) is int and value > 0
     rules: dict[str, Callable[[Any], bool]] = {
         "kind": lambda value: value in KINDS,
         "dtype": lambda value: value in DTYPES,
-        "num_tokens": is_count,
-        "vocab_size": is_count,
+        "num_tokens": _is_count,
+        "vocab_size": _is_count,
     }
     if facts["format"] == FORMAT:
-        rules |= {"block_bytes": lambda value: is_count(value) and value <= MOST_BLOCK_BYTES, "xxh3_64": _is_hashes}
+        rules |= {"block_bytes": lambda value: _is_count(value) and value <= MOST_BLOCK_BYTES, "xxh3_64": _is_hashes}
     for name, is_valid in rules.items():
         if not is_valid(facts.get(name)):
             raise ValueError(f"{FACTS_FILE} has no valid {name}: {str(facts.get(name))[:80]}")
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value > 0
 
 
 def _is_hashes(value: Any) -> bool:

@@ -26,6 +26,7 @@ from torch import distributed as dist
 
 from glm_hf.configuration_glm import GLMConfig
 from glm_hf.folders.atomic import AtomicFolder
+from glm_hf.folders.checksums import find_damage, write_checksums
 from glm_hf.folders.model_folder import read_json, require_files
 from glm_hf.folders.plain_types import only_plain_types
 from glm_hf.sharding.degrees import ParallelDegrees
@@ -84,6 +85,8 @@ def load_engine(engine: Any, folder: Path, parallel: ParallelDegrees) -> None:
         ValueError: If a file is damaged, or holds more than tensors and plain types.
     """
     tag = (folder / "latest").read_text().strip()
+    if Path(tag).name != tag:
+        raise ValueError(f"{folder / 'latest'} names {tag!r}, which is no folder beside it")
     is_same = ParallelDegrees.of(read_json(folder / PARALLEL_FILE)) == parallel
     if not is_same:
         tag = _make_universal(folder, tag)
@@ -93,26 +96,34 @@ def load_engine(engine: Any, folder: Path, parallel: ParallelDegrees) -> None:
 
 
 def _make_universal(folder: Path, tag: str) -> str:
-    """Let the first process write a checkpoint unsharded, unless that has been done, and return the result's name."""
+    """Let the first process write a checkpoint unsharded, unless it is there whole, and return the result's name."""
     universal = f"{tag}_universal"
     store = dist.PrefixStore(f"glm_hf.{universal}", dist.distributed_c10d._get_default_store())
     if dist.get_rank() == 0:
-        if not (folder / universal).is_dir():
+        if not _is_whole(folder / universal):
             convert_to_universal(folder / tag, folder / universal)
         store.set("done", "")
     store.wait(["done"], LONGEST_CONVERSION)
     return universal
 
 
+def _is_whole(folder: Path) -> bool:
+    try:
+        return not find_damage(folder)
+    except (OSError, ValueError):
+        return False
+
+
 def convert_to_universal(src: Path, dst: Path) -> None:
     """Write DeepSpeed's files unsharded, in a process of its own; the folder appears when it is complete."""
     dst = dst.absolute()
-    with AtomicFolder(dst, home=dst.with_name(f".{dst.name}.partial")).writing() as folder:
+    with AtomicFolder(dst, replaces=True).writing() as folder:
         command = [sys.executable, "-m", "glm_hf.training.pipeline.checkpoint", str(src), str(folder)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             reason = (done.stderr.strip() or "no reason given").splitlines()[-1]
             raise ValueError(f"{src} cannot be resharded for other degrees of parallelism: {reason}")
+        write_checksums(folder)
     (dst.parent / "latest_universal").write_text(dst.name)  # which had the other name
 
 

@@ -118,7 +118,10 @@ def reading(path: str | Path, problem: str = "is damaged") -> Iterator[None]:
         yield
     except OSError:  # which has the name
         raise
-    except Exception as error:
+    except BaseException as error:
+        is_panic = type(error).__name__ == "PanicException"  # of a library in Rust
+        if not isinstance(error, Exception) and not is_panic:
+            raise
         lines = str(error).strip().splitlines()
         raise ValueError(f"{path} {problem}: {lines[0] if lines else type(error).__name__}") from error
 
