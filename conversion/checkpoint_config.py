@@ -9,7 +9,7 @@ from huggingface_hub.errors import StrictDataclassError
 from glm_hf.configuration_glm import GLMConfig
 from glm_hf.conversion.formats.model_tensors import model_tensors
 from glm_hf.conversion.formats.sat_checkpoint import SatCheckpoint
-from glm_hf.folders.model_folder import read_json
+from glm_hf.folders.validation import read_json
 from glm_hf.quantization.configuration import GLMQuantizationConfig
 
 HELP = "pass config= (a GLMConfig, a dict of its fields or a JSON file) with the right values"

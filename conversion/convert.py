@@ -22,7 +22,8 @@ from glm_hf.conversion.formats.sat_checkpoint import SatCheckpoint
 from glm_hf.conversion.streaming.segments import write_in_segments
 from glm_hf.folders.atomic import free_space
 from glm_hf.folders.finite import FiniteWeights
-from glm_hf.folders.model_folder import require_matching_tokenizer, write_index, write_model_files
+from glm_hf.folders.model_folder import write_index, write_model_files
+from glm_hf.folders.validation import load_tokenizer, reading, require_matching_tokenizer, require_regular
 from glm_hf.quantization.configuration import GLMQuantizationConfig
 from glm_hf.quantization.functional import quantize_weight
 from glm_hf.tokenization_glm import GLMTokenizer
@@ -268,5 +269,7 @@ def _load_tokenizer(tokenizer: PreTrainedTokenizerBase | str | Path) -> PreTrain
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         return tokenizer
     if Path(tokenizer).is_dir():
-        return GLMTokenizer.from_pretrained(tokenizer)
-    return GLMTokenizer.from_sentencepiece(tokenizer)
+        return load_tokenizer(tokenizer)
+    require_regular(Path(tokenizer))
+    with reading(tokenizer, "is no SentencePiece model"):
+        return GLMTokenizer.from_sentencepiece(tokenizer)

@@ -32,7 +32,8 @@ def export_sat_checkpoint(
     """
     Write the weights of a model folder as a SAT checkpoint, which the original code loads.
 
-    Weights keep their dtype; quantized ones their codes and scales. Interrupted, the same call resumes; once it is complete, it does nothing.
+    Weights keep their dtype; quantized ones their codes and scales. Interrupted, the same call resumes; once it is
+    complete, it does nothing.
 
     Args:
         src: Folder of `GLMForBlankInfilling`, as the converter and `save_pretrained` write it.

@@ -10,7 +10,8 @@ from glm_hf.conversion.formats.pipeline_checkpoint import EMBEDDING, Checkpoint3
 from glm_hf.conversion.formats.safetensors_writer import ShardFile, plan_shards
 from glm_hf.conversion.streaming.segments import write_in_segments
 from glm_hf.folders.finite import FiniteWeights
-from glm_hf.folders.model_folder import read_json, write_index, write_model_files
+from glm_hf.folders.model_folder import write_index, write_model_files
+from glm_hf.folders.validation import read_json
 from glm_hf.modeling_glm import GLMForBlankInfilling
 
 

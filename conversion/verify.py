@@ -40,9 +40,7 @@ class VerificationReport:
     problems: list[str] = field(default_factory=list)
 
 
-def verify_checkpoint(
-    src: str | Path, dst: str | Path | None = None, *, strict: bool = False
-) -> VerificationReport:
+def verify_checkpoint(src: str | Path, dst: str | Path | None = None, *, strict: bool = False) -> VerificationReport:
     """
     Check that a SAT checkpoint is whole, or that `dst` holds exactly the weights that `src` holds.
 
@@ -162,7 +160,9 @@ def _compare(
         for name, tensor in expected.items():
             unit = {stored: actual[stored] for stored in (name, f"{name}_scale") if stored in {name} | made}
             try:
-                blocks = converted(name, _regrouped(name, finite.watch(name, source.read(name)), unit[name]), tensor.dtype, unit)
+                blocks = converted(
+                    name, _regrouped(name, finite.watch(name, source.read(name)), unit[name]), tensor.dtype, unit
+                )
                 with closing(read_ahead(blocks)) as ahead:
                     difference = _first_difference(ahead, {stored: target.read(stored) for stored in unit})
             except ValueError as error:

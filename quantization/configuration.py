@@ -1,5 +1,6 @@
 """How the weights of a model are stored as INT4 or INT8: the entry `quantization_config` of config.json."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,13 +41,18 @@ class GLMQuantizationConfig(QuantizationConfigMixin):
     ) -> None:
         if quant_method != QUANT_METHOD:
             raise ValueError(f"quant_method must be {QUANT_METHOD}, got {quant_method}")
-        if bits not in (4, 8):
+        if type(bits) is not int or bits not in (4, 8):
             raise ValueError(f"bits must be 4 or 8, got {bits}")
         if group_size is not None and not (type(group_size) is int and group_size > 0):
             raise ValueError(f"group_size must be a positive integer or None for whole rows, got {group_size}")
         names = [] if modules_to_not_convert is None else modules_to_not_convert
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"modules_to_not_convert must be a list of names, got {modules_to_not_convert!r}")
+        for name in names:
+            try:
+                re.compile(name)
+            except (re.error, RecursionError, OverflowError) as error:
+                raise ValueError(f"modules_to_not_convert holds {name!r}, no regular expression: {error}") from error
         if not (type(row_parallel_groups) is int and row_parallel_groups > 0):
             raise ValueError(f"row_parallel_groups must be a positive integer, got {row_parallel_groups}")
         if group_size is not None and row_parallel_groups > 1:

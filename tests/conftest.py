@@ -15,6 +15,12 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)  # tiny models lose more than they gain from a second thread
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _cache(tmp_path_factory) -> None:
+    """Keep what tests have made out of the user's cache."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

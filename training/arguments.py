@@ -114,8 +114,8 @@ class GLMTrainingArguments(TrainingArguments):
         if self.parallel is not None:
             self.parallel.require_world(self.world_size)
             dp_size = self.parallel.dp_size
-            if dist.is_initialized() and dist.get_backend() == "gloo":
-                dist.barrier()  # or one that leaves with an error disconnects others that are still connecting
+        if dist.is_initialized() and dist.get_backend() == "gloo":
+            dist.barrier()  # or one that leaves with an error disconnects others that are still connecting
         accumulated = (
             self.per_device_train_batch_size * self.gradient_accumulation_steps * max(self.n_gpu, 1) * dp_size
         )

@@ -22,8 +22,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 
 from glm_hf.folders.atomic import AtomicFolder, exclusive
 from glm_hf.folders.checksums import CHECKSUMS, compute_checksums, files_of, find_damage, spread, write_checksums
-from glm_hf.folders.model_folder import read_json, reading
 from glm_hf.folders.plain_types import only_plain_types
+from glm_hf.folders.validation import read_json, reading
 from glm_hf.training.token_loss import TokenLossTrainer
 
 LOCK = ".lock"
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 class CheckpointingTrainer(TokenLossTrainer):
-    """`Trainer`, which saves checkpoints beside their places, resumes from whole ones only, and is alone in its folder."""
+    """`Trainer` whose checkpoints appear when they are complete, and are resumed from only if they are whole."""
 
     is_saving = False
 
@@ -55,8 +55,9 @@ class CheckpointingTrainer(TokenLossTrainer):
         with alone(Path(self.args.output_dir), self.accelerator, self.args.should_save), only_plain_types():
             if resume_from_checkpoint is True:
                 resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
-            if isinstance(resume_from_checkpoint, str):
-                require_whole(Path(resume_from_checkpoint), self.accelerator)
+            if resume_from_checkpoint not in (None, False, True):
+                resume_from_checkpoint = str(resume_from_checkpoint)
+                self._require_checkpoint(Path(resume_from_checkpoint))
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _prepare_for_training(
@@ -78,8 +79,12 @@ class CheckpointingTrainer(TokenLossTrainer):
 
     def _load_best_model(self) -> None:
         """Return to the best checkpoint; ValueError if it is damaged."""
-        require_whole(Path(self.state.best_model_checkpoint), self.accelerator)
+        self._require_checkpoint(Path(self.state.best_model_checkpoint))
         super()._load_best_model()
+
+    def _require_checkpoint(self, checkpoint: Path) -> None:
+        """Raise ValueError unless a checkpoint is whole, on all processes."""
+        require_whole(checkpoint, self.accelerator)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Raise ValueError if a checkpoint is of another model."""
@@ -198,7 +203,7 @@ def require_whole(checkpoint: Path, accelerator: Accelerator) -> None:
     """
     Check every byte of a checkpoint, of which each process reads a share; all enter together.
 
-    A checkpoint of glm_hf before 0.2 has no checksums: there is a warning then, and only what must be there is checked.
+    A checkpoint of glm_hf before 0.2 has no checksums: there is a warning, and only what must be there is checked.
 
     Raises:
         ValueError: If files are missing or damaged, on all processes.

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 from transformers.trainer_utils import get_last_checkpoint
 
 from glm_hf.configuration_glm import GLMConfig
-from glm_hf.folders.model_folder import read_config
+from glm_hf.conversion.formats.safetensors_reader import ModelFolder
+from glm_hf.folders.validation import find_folder, load_tokenizer, read_config, reading
 from glm_hf.modeling_glm import GLMForBlankInfilling
 from glm_hf.tokenization_glm import GLMTokenizer
 from glm_hf.training.arguments import GLMTrainingArguments
@@ -59,7 +59,7 @@ def build_trainer(run: RunConfig) -> GLMTrainer:
     """Load model and data, and return a trainer that is ready to train."""
     given = run.training if run.parallel is None else {**run.training, "parallel": run.parallel}
     args = fields_of(GLMTrainingArguments, given, "keys of training")
-    tokenizer = AutoTokenizer.from_pretrained(run.model.tokenizer or run.model.path)
+    tokenizer = load_tokenizer(find_folder(run.model.tokenizer or run.model.path or ""))
     if run.parallel is not None:
         model, config = source_of_stages(run.model, tokenizer, args)
         trainer_class: Callable[..., GLMTrainer] = partial(GLM3DTrainer, config=config)
@@ -91,7 +91,10 @@ def load_model(section: ModelSection, tokenizer: GLMTokenizer, args: GLMTraining
     options = section.config_changes
     if section.quantization is not None:
         options = {**options, "quantization_config": section.quantization}
-    return GLMForBlankInfilling.from_pretrained(section.path, dtype=section.dtype or "float32", **options)
+    folder = find_folder(section.path)
+    ModelFolder(folder)  # which finds what is wrong with it
+    with reading(folder, "cannot be loaded"):
+        return GLMForBlankInfilling.from_pretrained(folder, dtype=section.dtype or "float32", **options)
 
 
 def new_config(section: ModelSection, tokenizer: GLMTokenizer) -> GLMConfig:
@@ -117,7 +120,8 @@ def source_of_stages(
     if section.path is None:
         config = new_config(section, tokenizer)
         return config, config
-    return section.path, read_config(section.path, **section.config_changes)
+    folder = find_folder(section.path)
+    return str(folder), read_config(folder, **section.config_changes)
 
 
 def add_adapter(model: GLMForBlankInfilling, config: Any) -> Any:

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils import logging
 
-from glm_hf.folders.model_folder import read_json
+from glm_hf.folders.validation import read_json
 from glm_hf.training.arguments import (
     REFUSED,
     SAMPLE_SCHEDULE,

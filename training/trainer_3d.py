@@ -13,7 +13,7 @@ from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
 from glm_hf.configuration_glm import GLMConfig
-from glm_hf.folders.model_folder import read_config, reading
+from glm_hf.folders.validation import read_config, reading
 from glm_hf.sharding.degrees import ParallelDegrees
 from glm_hf.training.arguments import (
     MATRIX_FREE,
@@ -23,7 +23,7 @@ from glm_hf.training.arguments import (
     require_honoured,
     require_objects,
 )
-from glm_hf.training.checkpoints import UNFIT, require_whole
+from glm_hf.training.checkpoints import UNFIT
 from glm_hf.training.data.blanks import IGNORED
 from glm_hf.training.data.sampler import loader_options
 from glm_hf.training.measurements import LossMeter
@@ -309,9 +309,13 @@ class GLM3DTrainer(GLMTrainer):
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
+    def _require_checkpoint(self, checkpoint: Path) -> None:
+        """Raise an error unless a checkpoint is one of 3D-parallel training of this model, and whole."""
+        require_own(checkpoint, self.model.config)
+        super()._require_checkpoint(checkpoint)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Check a checkpoint, whose weights come with the engine's state."""
-        require_own(Path(resume_from_checkpoint), self.model.config)
+        """Do nothing: weights come with the engine's state."""
 
     def _load_engine(self, checkpoint: str) -> None:
         """Go on from a checkpoint, of these degrees of parallelism or others."""
@@ -322,7 +326,7 @@ class GLM3DTrainer(GLMTrainer):
 
     def _load_best_model(self) -> None:
         """Return to the best checkpoint; ValueError if it is damaged."""
-        require_whole(Path(self.state.best_model_checkpoint), self.accelerator)
+        self._require_checkpoint(Path(self.state.best_model_checkpoint))
         self._load_engine(self.state.best_model_checkpoint)
 
     def _save_rng_state(self, output_dir: str) -> None:

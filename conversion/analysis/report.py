@@ -22,7 +22,7 @@ from glm_hf.conversion.formats.model_tensors import EMBEDDINGS, LINEARS
 from glm_hf.conversion.formats.safetensors_reader import ModelFolder
 from glm_hf.conversion.streaming.blocks import progress_bar, read_ahead
 from glm_hf.folders.atomic import AtomicFolder
-from glm_hf.folders.model_folder import read_json
+from glm_hf.folders.validation import read_json
 
 SCHEMA_VERSION = 1
 logger = logging.getLogger(__name__)

@@ -19,16 +19,18 @@ from torch import Tensor
 
 from glm_hf.configuration_glm import GLMConfig
 from glm_hf.conversion.formats.model_tensors import model_tensors
-from glm_hf.conversion.formats.rank_file import RankFile, describe, read_rank_file
+from glm_hf.conversion.formats.rank_file import RankFile, canonical_files, describe, read_rank_file
 from glm_hf.conversion.streaming.blocks import read_merged
 from glm_hf.conversion.streaming.stored_tensor import StoredTensor, check_member
-from glm_hf.folders.model_folder import read_config, read_json
+from glm_hf.folders.validation import read_config, read_json, read_text
 from glm_hf.sharding.degrees import ParallelDegrees
 from glm_hf.sharding.rules import REPLICATED, shard_rule
 
 EMBEDDING = "model.embed_tokens.weight"
-CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-PART_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
+CHECKPOINT = re.compile(r"checkpoint-(\d+)", re.ASCII)
+PART_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt", re.ASCII)
+LONGEST_NAME = 255
+LIKE_A_PART_FILE = re.compile(r"layer.*model_?states?")
 
 
 class Checkpoint3D:
@@ -112,7 +114,7 @@ def _deepspeed_folder(src: Path) -> Path:
             f"{src} must be a checkpoint of 3D-parallel training, as GLM3DTrainer writes it, but has no "
             f"{', '.join(missing)}"
         )
-    tag = (src / "latest").read_text(encoding="utf-8", errors="replace").strip()
+    tag = read_text(src / "latest", LONGEST_NAME).strip()
     if tag in ("", ".", "..") or Path(tag).name != tag or not (src / tag).is_dir():
         raise FileNotFoundError(f"{src / 'latest'} names {tag!r}, but {src} has no folder of that name")
     return src / tag
@@ -160,7 +162,7 @@ def _require_files(folder: Path, num_parts: int, tp_size: int) -> None:
     for name in expected:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name} is missing: {told}; copy the checkpoint again")
-    found = {path.name for path in folder.iterdir() if PART_FILE.fullmatch(path.name)}
+    found = {path.name for path in canonical_files(folder, PART_FILE, LIKE_A_PART_FILE)}
     if surplus := sorted(found - set(expected)):
         raise ValueError(f"{folder / surplus[0]} is not of this checkpoint: {told}; remove what belongs elsewhere")
 

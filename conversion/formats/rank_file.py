@@ -9,6 +9,7 @@ import hashlib
 import logging
 import pickle
 import re
+import unicodedata
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +19,17 @@ import torch
 from torch import Tensor
 
 from glm_hf.conversion.streaming.stored_tensor import Member, StoredTensor, contiguous_stride
+from glm_hf.folders.validation import require_regular
 
-RANK_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt")
-SAVED_AS = re.compile(r"mp_rank_(\d+)_model_states/")
+RANK_FILE = re.compile(r"mp_rank_(0\d|[1-9]\d+)_model_states\.pt", re.ASCII)
+NOTES = (".md5", ".sha1", ".sha256", ".sha512", ".asc", ".sig", ".txt", ".json")
+"""Ends of names of files that tell of another."""
+LIKE_A_RANK_FILE = re.compile(r"model_?states?")
+SAVED_AS = re.compile(r"mp_rank_(\d+)_model_states/", re.ASCII)
 ITERATION_KEYS = ("iteration", "global_steps")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int8)
 LOCAL_HEADER_SIZE = 30
+MOST_EXPANDED_BYTES = 64 * 2**20
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +68,7 @@ def read_rank_file(path: Path, *, key: str | None = "module") -> RankFile:
         FileNotFoundError: If there is no such file.
         ValueError: If it is damaged, or holds more than plain tensors of a GLM-130B model.
     """
+    require_regular(path)
     with open(path, "rb") as file:
         try:
             members, saved_as = _read_directory(path, file)
@@ -79,6 +86,9 @@ def read_rank_file(path: Path, *, key: str | None = "module") -> RankFile:
             reason = str(error).split("\n")[0]
             raise ValueError(f"{path} is not a complete zip file of torch.save, copy it again: {reason}") from error
         size = file.seek(0, 2)
+    num_bytes = sum(tensor.nbytes for tensor in tensors.values() if tensor.has_values)
+    if num_bytes > size + MOST_EXPANDED_BYTES:
+        raise ValueError(f"{path} has {size:,} bytes, but its tensors would have {num_bytes:,}; they are expanded")
     if not tensors:
         where = "" if key is None else f" under the key '{key}'; expected a rank file of a SAT checkpoint"
         raise ValueError(f"{path} has no tensors{where}")
@@ -91,6 +101,28 @@ def read_rank_file(path: Path, *, key: str | None = "module") -> RankFile:
         {key: content[key] for key in ITERATION_KEYS if isinstance(content.get(key), int)},
         {"size": size, "checksums": hashlib.sha256(checksums.encode()).hexdigest()},
     )
+
+
+def canonical_files(folder: Path, name: re.Pattern[str], is_like: re.Pattern[str]) -> list[Path]:
+    """
+    Return the files of a folder that have the name of a rank's file, in the order of their names.
+
+    Args:
+        folder: The folder.
+        name: Names of the files.
+        is_like: What names contain that look like one of them, in lower case and with ordinary letters and digits.
+
+    Raises:
+        ValueError: If another file's name looks like one, so that nobody can tell which of them is meant.
+    """
+    found = []
+    for path in sorted(folder.iterdir()):
+        looks = unicodedata.normalize("NFKC", path.name).casefold()
+        if name.fullmatch(path.name):
+            found.append(path)
+        elif is_like.search(looks) and not looks.startswith(".") and not looks.endswith(NOTES):
+            raise ValueError(f"{path} looks like the file of a rank, but has another name; remove it or name it right")
+    return found
 
 
 class _Unexpected(Exception):

@@ -18,7 +18,14 @@ from glm_hf.conversion.formats.model_tensors import model_tensors
 from glm_hf.conversion.formats.safetensors_writer import DTYPE_NAMES
 from glm_hf.conversion.streaming.blocks import read_merged
 from glm_hf.conversion.streaming.stored_tensor import StoredTensor, contiguous_stride
-from glm_hf.folders.model_folder import parse_config, read_json, require_files, weight_files
+from glm_hf.folders.validation import (
+    parse_config,
+    read_json,
+    require_files,
+    require_generation_config,
+    require_regular,
+    weight_files,
+)
 from glm_hf.quantization.configuration import GLMQuantizationConfig
 from glm_hf.sharding.rules import REPLICATED
 
@@ -53,6 +60,7 @@ class ModelFolder:
                 self.quantization = GLMQuantizationConfig.of(stored_as)
             except ValueError as error:
                 raise ValueError(f"{src}/config.json: {error}") from error
+        require_generation_config(self._folder, self.config)
         paths = weight_files(self._folder)
         self._stored: dict[str, StoredTensor] = {}
         for stored in (stored for path in paths for stored in _read_header(path)):
@@ -102,6 +110,7 @@ class ModelFolder:
 
 def _read_header(path: Path) -> list[StoredTensor]:
     """Return where the tensors of a safetensors file lie."""
+    require_regular(path)
     try:
         with safe_open(path, framework="pt"):  # the library checks the header and the size of the file
             pass

@@ -16,11 +16,19 @@ import torch
 from torch import Tensor
 
 from glm_hf.conversion.formats.names import is_rotary_buffer, layer_index, to_model_name, to_sat_name
-from glm_hf.conversion.formats.rank_file import RANK_FILE, RankFile, describe, read_rank_file
+from glm_hf.conversion.formats.rank_file import (
+    LIKE_A_RANK_FILE,
+    RANK_FILE,
+    RankFile,
+    canonical_files,
+    describe,
+    read_rank_file,
+)
 from glm_hf.conversion.streaming.blocks import read_merged
 from glm_hf.conversion.streaming.stored_tensor import Member, RowReader, StoredTensor, check_member
 from glm_hf.sharding.rules import REPLICATED, shard_rule
 
+LONGEST_NAME = 255
 QKV = "transformer.layers.0.attention.query_key_value.weight"
 
 
@@ -258,17 +266,25 @@ def find_rank_files(src: Path) -> tuple[Path, dict[int, Path]]:
 
     Raises:
         FileNotFoundError: If `src`, its iteration folder or every rank file is missing.
+        ValueError: If another file looks like that of a rank.
     """
     if not src.is_dir():
         raise FileNotFoundError(f"{src} is not a folder; expected a SAT checkpoint")
     latest = src / "latest"
     folder = src
     if latest.is_file():
-        iteration = latest.read_text(encoding="utf-8", errors="replace").strip()
+        with open(latest, "rb") as file:
+            iteration = file.read(LONGEST_NAME).decode("utf-8", errors="replace").strip()
         folder = src / iteration
-        if iteration in ("", ".", "..") or Path(iteration).name != iteration or not folder.is_dir():
+        if (
+            iteration in ("", ".", "..")
+            or "\0" in iteration
+            or Path(iteration).name != iteration
+            or not folder.is_dir()
+        ):
             raise FileNotFoundError(f"{latest} names {iteration!r}, but {src} has no folder of that name")
-    found = {int(match[1]): path for path in folder.iterdir() if (match := RANK_FILE.fullmatch(path.name))}
+    paths = canonical_files(folder, RANK_FILE, LIKE_A_RANK_FILE)
+    found = {int(path.name.split("_")[2]): path for path in paths}
     if not found:
         expected = "latest or mp_rank_00_model_states.pt" if folder == src else "mp_rank_00_model_states.pt"
         raise FileNotFoundError(f"{folder} holds no SAT checkpoint; expected {expected} in it")

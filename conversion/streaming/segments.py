@@ -21,7 +21,7 @@ from torch import Tensor
 from glm_hf import __version__
 from glm_hf.conversion.streaming.blocks import progress_bar, read_ahead
 from glm_hf.folders.atomic import AtomicFolder, require_space, sync, sync_tree
-from glm_hf.folders.model_folder import read_json
+from glm_hf.folders.validation import read_json
 
 RESTART = "start again with resume=False (--no-resume), which discards what is there"
 

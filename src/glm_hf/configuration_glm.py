@@ -9,6 +9,16 @@ from transformers.modeling_rope_utils import RopeParameters
 
 # Scaled variants whose frequencies depend on the sequence length would change keys already in the cache.
 STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+# Beyond these a number in a config.json is damage or an attack: it would be believed before a weight is seen.
+LARGEST = {
+    "vocab_size": 2**31,
+    "hidden_size": 2**20,
+    "num_hidden_layers": 2**12,
+    "num_attention_heads": 2**16,
+    "intermediate_size": 2**22,
+    "max_position_embeddings": 2**31,
+}
+MOST_LABELS = 10**6
 
 
 @strict
@@ -99,11 +109,21 @@ class GLMConfig(PreTrainedConfig):
         fields = super().to_dict()
         return fields if fields["auto_map"] else {name: fields[name] for name in fields if name != "auto_map"}
 
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Complete the fields; ValueError if there are more labels than a list of them should have."""
+        num_labels = kwargs.get("num_labels")
+        if num_labels is not None and not (type(num_labels) is int and 0 <= num_labels <= MOST_LABELS):
+            raise ValueError(f"num_labels must be an integer from 0 to {MOST_LABELS}, got {num_labels}")
+        super().__post_init__(**kwargs)
+
     def validate_architecture(self) -> None:
         """Check that sizes, ranges and special ids fit together."""
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, largest in LARGEST.items():
+            if not 1 <= getattr(self, name) <= largest:
+                state = "at least 1" if getattr(self, name) < 1 else f"at most {largest}"
+                raise ValueError(f"{name} must be {state}, got {getattr(self, name)}")
+        if not 0 < self.layer_norm_eps < 1:
+            raise ValueError(f"layer_norm_eps must lie in (0, 1), got {self.layer_norm_eps}")
         if self.hidden_size % (2 * self.num_attention_heads):
             raise ValueError(
                 f"hidden_size must be a multiple of 2 * num_attention_heads ({2 * self.num_attention_heads}) so that "

@@ -5,6 +5,7 @@ blanks leave the batch when theirs are filled, and the context window may limit 
 caller says of row 3 still reaches the text that was row 3, by `arguments_of_rows`.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -134,6 +135,7 @@ class BlankGenerationMixin(GLMGenerationMixin):
             read_blank(ids, scores, end_ids, self.config.sop_token_id)
             for ids, scores in zip(outputs.sequences[:, length:].tolist(), log_probs.tolist(), strict=True)
         ]
+        require_finite(blank.score for blank in blanks)
         count = len(blanks) // len(rows)
         return [blanks[row * count : (row + 1) * count] for row in range(len(rows))]
 
@@ -158,7 +160,9 @@ class BlankGenerationMixin(GLMGenerationMixin):
         logits = self(input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=longest + 1).logits
         log_probs = logits[:, :-1].float().log_softmax(-1)  # (B, longest, V)
         of_tokens = log_probs.gather(2, input_ids[:, -longest:, None]).squeeze(2)
-        return [float(of_tokens[row, longest - len(target) :].sum()) for row, target in enumerate(targets)]
+        scores = [float(of_tokens[row, longest - len(target) :].sum()) for row, target in enumerate(targets)]
+        require_finite(scores)
+        return scores
 
     def _pad_left(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return ids and padding mask `(B, L)` on the device of the embedding."""
@@ -198,6 +202,15 @@ def fill_in_turn(
             contexts[row] = splice_blank(contexts[row], proposals[0].ids, config)
             filled[row].append(proposals)
     return filled
+
+
+def require_finite(scores: Iterable[float]) -> None:
+    """Raise ValueError if a score is NaN or infinite, whose answer means nothing."""
+    if not all(map(math.isfinite, scores)):
+        raise ValueError(
+            "the model's scores are not finite: its weights are damaged (`glm-hf verify` tells), or too large for its "
+            "dtype; load it in another"
+        )
 
 
 def read_blank(ids: Sequence[int], log_probs: Sequence[float], end_ids: Sequence[int], pad_id: int) -> Blank:

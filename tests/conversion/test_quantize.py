@@ -222,7 +222,7 @@ def test_destination_that_holds_something(plain, tmp_path):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_weights_that_are_not_finite_leave_nothing(value, plain, tmp_path):
     change_weight(plain, DENSE, {(3, 4): value})
-    assert_refused(plain, tmp_path / "out", rf"{DENSE}: weights must be finite in fp16", max_shard_size="30KB")
+    assert_refused(plain, tmp_path / "out", rf"{DENSE}\[3, 4\] is .*: weights must be finite", max_shard_size="30KB")
     assert not (tmp_path / "out").exists()
 
 
@@ -277,7 +277,7 @@ def test_interrupted_command_goes_on_or_begins_again(plain, tmp_path, capsys, mo
 
     with monkeypatch.context() as patch:
         patch.setattr("glm_hf.conversion.quantize.write_index", interrupt)
-        assert main([*command, "4"]) == 1
+        assert main([*command, "4"]) == 130
     assert "parts are finished; run the same command to resume" in capsys.readouterr().err
     assert main([*command, "8"]) == 1
     assert "start again with resume=False (--no-resume)" in capsys.readouterr().err

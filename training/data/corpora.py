@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from glm_hf.configuration_glm import GLMConfig
 from glm_hf.folders.atomic import remove_leftovers
-from glm_hf.folders.model_folder import require_matching_tokenizer
+from glm_hf.folders.validation import require_matching_tokenizer
 from glm_hf.infilling_glm import prepare_context
 from glm_hf.tokenization_glm import GLMTokenizer
 from glm_hf.training.data.token_file import FACTS_FILE, TokenFile, open_token_file, require_ids, write_token_file
@@ -269,7 +269,8 @@ class _Reader:
         most = self.source.max_record_size
         fields = (self.source.text,) if self.kind == "text" else (self.source.inputs, self.source.targets)
         columns = [batch[field] for field in fields if field in batch]
-        sizes = [sum(len(str(value).encode("utf-8", "replace")) for value in record) for record in zip(*columns)]
+        records = zip(*columns, strict=True)
+        sizes = [sum(len(str(value).encode("utf-8", "replace")) for value in record) for record in records]
         start = size = 0
         for number, of_record in enumerate(sizes):
             if of_record > most:

@@ -22,7 +22,7 @@ import numpy as np
 import xxhash
 
 from glm_hf.folders.atomic import AtomicFolder
-from glm_hf.folders.model_folder import read_json, reading
+from glm_hf.folders.validation import read_json, reading
 
 FACTS_FILE, TOKENS_FILE, BOUNDARIES_FILE = "corpus.json", "tokens.bin", "boundaries.npy"
 FORMAT = 2
@@ -143,8 +143,8 @@ def require_ids(corpus: TokenFile, vocab_size: int, forbidden: Iterable[int]) ->
         if wrong.any():
             place = int(wrong.argmax())
             raise ValueError(
-                f"{corpus.folder / TOKENS_FILE}: token {block * step + place} is {ids[place]}, which has no place in a "
-                f"text of a vocabulary of {vocab_size}; tokenize it again"
+                f"{corpus.folder / TOKENS_FILE}: token {block * step + place} is {ids[place]}, which has no place in "
+                f"a text of a vocabulary of {vocab_size}; tokenize it again"
             )
 
 

@@ -27,8 +27,8 @@ from torch import distributed as dist
 from glm_hf.configuration_glm import GLMConfig
 from glm_hf.folders.atomic import AtomicFolder
 from glm_hf.folders.checksums import find_damage, write_checksums
-from glm_hf.folders.model_folder import read_json, require_files
 from glm_hf.folders.plain_types import only_plain_types
+from glm_hf.folders.validation import read_json, require_files
 from glm_hf.sharding.degrees import ParallelDegrees
 from glm_hf.sharding.rules import GATED, REPLICATED, ROW, SHARD_RULES, ShardRule
 
@@ -117,7 +117,8 @@ def _is_whole(folder: Path) -> bool:
 def convert_to_universal(src: Path, dst: Path) -> None:
     """Write DeepSpeed's files unsharded, in a process of its own; the folder appears when it is complete."""
     dst = dst.absolute()
-    with AtomicFolder(dst, replaces=True).writing() as folder:
+    home = dst.with_name(f".{dst.name}.partial")  # to which DeepSpeed adds a file
+    with AtomicFolder(dst, replaces=True, home=home).writing() as folder:
         command = [sys.executable, "-m", "glm_hf.training.pipeline.checkpoint", str(src), str(folder)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:

@@ -19,7 +19,8 @@ from torch import distributed as dist
 from torch import nn
 
 from glm_hf.folders.atomic import AtomicFolder
-from glm_hf.folders.model_folder import INDEX, weight_files, write_index, write_model_files
+from glm_hf.folders.model_folder import write_index, write_model_files
+from glm_hf.folders.validation import INDEX, weight_files
 from glm_hf.modeling_glm import GLMForBlankInfilling, GLMLayer, GLMModel
 from glm_hf.sharding.rules import ShardRule, shard_rule
 from glm_hf.training.pipeline.model import GLMPipeline

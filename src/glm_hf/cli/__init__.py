@@ -4,40 +4,75 @@ Results go to stdout, progress and errors to stderr. Exit code 0 on success, 1 i
 the reason in one line, and 2 if the command itself is wrong.
 """
 
-import argparse
+import io
+import os
 import sys
 from collections.abc import Sequence
 
 import glm_hf
-from glm_hf.cli.checkpoints import add_convert, add_export_3d, add_export_sat, add_reshard, add_verify
-from glm_hf.cli.fill import add_fill
-from glm_hf.cli.hub import add_export_hub
-from glm_hf.cli.plan import add_plan
-from glm_hf.cli.quantization import add_analyze, add_quantize
-from glm_hf.cli.train import add_train
+from glm_hf.cli import signals
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command with `arguments` (those of the process by default) and return its exit code."""
+    from glm_hf.cli.parser import build_parser
+
     options = build_parser().parse_args(arguments)
     try:
+        use_utf8()
         if options.registers:
             glm_hf.register()
+            quiet_bars()
         options.run(options)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where a full disk is an error
     except KeyboardInterrupt as error:
-        return fail("; ".join(("interrupted", *getattr(error, "__notes__", ()))))
+        fail("; ".join((signals.reason(), *getattr(error, "__notes__", ()))))
+        return signals.exit_code()
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output has left, as `head` does
         return 1
     except expected_errors() as error:
+        if signals.received:  # which the exception that stands for it has met on its way
+            fail(signals.reason())
+            return signals.exit_code()
         reason = str(error.__cause__ if is_wrapper(error) else error)
         return fail(" ".join("; ".join((reason, *getattr(error, "__notes__", ()))).split()))
     return 0
 
 
+def run() -> int:
+    """Run the command as a process of its own, which knows what to do when it is told to end."""
+    signals.listen()
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # whichever library loads
+    try:
+        return main()
+    except KeyboardInterrupt:
+        fail(signals.reason())
+        return signals.exit_code()
+
+
+def use_utf8() -> None:
+    """Write UTF-8 whatever the locale, as texts are read and models write Chinese."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+
+
+def quiet_bars() -> None:
+    """Keep transformers from drawing progress bars where nobody sees them, as ours do."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+
+
 def fail(reason: str) -> int:
-    """Print the reason in one line on stderr and return exit code 1."""
-    print(f"glm-hf: error: {reason}", file=sys.stderr)
+    """Print the reason in one line on stderr, behind all progress bars, and return exit code 1."""
+    for bar in list(sys.modules["tqdm"].tqdm._instances) if "tqdm" in sys.modules else ():
+        bar.close()
+    if sys.stderr is not None:
+        print(f"glm-hf: error: {reason}", file=sys.stderr, flush=True)
     return 1
 
 
@@ -52,19 +87,3 @@ def expected_errors() -> tuple[type[Exception], ...]:
 def is_wrapper(error: Exception) -> bool:
     """Tell whether an error only wraps a config's own message in a report of several lines."""
     return type(error).__name__.startswith("StrictDataclass") and error.__cause__ is not None
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of all subcommands."""
-    parser = argparse.ArgumentParser(prog="glm-hf", description="GLM-130B in Hugging Face transformers.")
-    parser.add_argument("--version", action="version", version=f"%(prog)s {glm_hf.__version__}")
-    parser.add_argument(
-        "--local_rank", help=argparse.SUPPRESS
-    )  # from DeepSpeed's launcher, which sets LOCAL_RANK, too
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (
-        *(add_convert, add_quantize, add_analyze, add_export_sat, add_reshard, add_verify),
-        *(add_fill, add_export_hub, add_plan, add_train, add_export_3d),
-    ):
-        add(commands)
-    return parser

@@ -2,6 +2,6 @@
 
 import sys
 
-from glm_hf.cli import main
+from glm_hf.cli import run
 
-sys.exit(main())
+sys.exit(run())

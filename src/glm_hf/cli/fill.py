@@ -3,11 +3,10 @@
 import argparse
 import io
 import json
-import re
+import os
 import sys
 from collections.abc import Iterator
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 from glm_hf.cli.commands import add_command, positive
@@ -25,17 +24,23 @@ def add_fill(commands: Any) -> None:
     command.add_argument("--top-k", type=positive, default=1, metavar="K", help="proposals per blank (default: 1)")
     command.add_argument("--num-beams", type=positive, default=1, metavar="N", help="beams, at least K (default: 1)")
     command.add_argument("--max-new-tokens", type=positive, default=64, metavar="N", help="per blank (default: 64)")
+    command.add_argument(
+        "--max-text-size",
+        type=int,
+        default=100_000,
+        metavar="N",
+        help="longest text in bytes (default: 100000); a longer one is an error",
+    )
     command.add_argument("--json", action="store_true", help="print one JSON object per text, with scores")
 
 
 def fill(options: argparse.Namespace) -> None:
     """Run `fill`."""
-    from transformers import pipeline
-
-    model = str(files("glm_hf") / "world_facts") if options.model is None else options.model
-    if not Path(model).is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
-        raise FileNotFoundError(f"there is no folder {model}, and it is not a Hub name (owner/name)")
-    fill_mask = pipeline("fill-mask", model=model, dtype="auto", device_map="auto")
+    if not options.text and sys.stdin is None:
+        raise ValueError("stdin is closed; give texts as arguments, or lines on stdin")
+    if sys.stdout is None:
+        raise ValueError("stdout is closed, so there is no place for answers")
+    fill_mask = load_pipeline(str(files("glm_hf") / "world_facts") if options.model is None else options.model)
     settings = {"top_k": options.top_k, "num_beams": options.num_beams, "max_new_tokens": options.max_new_tokens}
     group_size = 1 if not options.text and sys.stdin.isatty() else TEXTS_AT_ONCE
 
@@ -45,9 +50,10 @@ def fill(options: argparse.Namespace) -> None:
             print(describe(text["text"], of_blanks, options), flush=True)
 
     group: list[dict[str, Any]] = []
-    for number, text in enumerate(options.text or read_lines(), 1):
+    texts = enumerate(map(os.fsencode, options.text) if options.text else read_lines(options.max_text_size), 1)
+    for number, text in texts:
         try:
-            group.append(fill_mask.preprocess(text))
+            group.append(fill_mask.preprocess(decode(text, options.max_text_size)))
         except ValueError as error:
             fill_group(group)  # what came before is not lost
             raise ValueError(f"text {number}: {error}") from error
@@ -57,12 +63,51 @@ def fill(options: argparse.Namespace) -> None:
     fill_group(group)
 
 
-def read_lines() -> Iterator[str]:
-    """Yield the lines of stdin; UnicodeDecodeError if it is not UTF-8."""
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(encoding="utf-8", errors="strict")
-    for line in sys.stdin:
-        yield line.rstrip("\r\n")
+def load_pipeline(model: str) -> Any:
+    """
+    Return the fill-mask pipeline of a folder or Hub name, after a look at all of its files; none of them is run.
+
+    Raises:
+        FileNotFoundError: If there is no such folder, or a file is missing.
+        ValueError: If it is not a GLM-130B model, or damaged.
+    """
+    from transformers import pipeline
+
+    from glm_hf.conversion.formats.safetensors_reader import ModelFolder
+    from glm_hf.folders.validation import find_folder, load_tokenizer, read_json, reading
+
+    folder = weights = find_folder(model)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():  # of PEFT
+        weights = find_folder(str(read_json(folder / "adapter_config.json").get("base_model_name_or_path")))
+    ModelFolder(weights)
+    tokenizer = load_tokenizer(folder if (folder / "tokenizer.json").is_file() else weights)
+    with reading(folder, "cannot be loaded"):
+        return pipeline(
+            "fill-mask",
+            model=str(folder),
+            tokenizer=tokenizer,
+            dtype="auto",
+            device_map="auto",
+            trust_remote_code=False,
+        )
+
+
+def read_lines(most_bytes: int) -> Iterator[bytes]:
+    """Yield the lines of stdin, of one that is longer than `most_bytes` only so much that this shows."""
+    source = sys.stdin.buffer if isinstance(sys.stdin, io.TextIOWrapper) else sys.stdin
+    while line := source.readline(most_bytes + 2):
+        yield line.encode() if isinstance(line, str) else line
+
+
+def decode(line: bytes, most_bytes: int) -> str:
+    """Return a text without its line end; ValueError if it is not UTF-8 or has more than `most_bytes`."""
+    line = line.rstrip(b"\r\n")
+    if len(line) > most_bytes:
+        raise ValueError(f"it has more than {most_bytes:,} bytes; split it, or raise --max-text-size")
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8: {error}") from error
 
 
 def describe(text: str, blanks: list[list[dict[str, Any]]], options: argparse.Namespace) -> str:

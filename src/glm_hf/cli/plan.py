@@ -100,7 +100,7 @@ def add_gpu_options(group: Any) -> list[argparse.Action]:
 def plan(options: argparse.Namespace) -> None:
     """Run `plan`."""
     from glm_hf.configuration_glm import GLMConfig
-    from glm_hf.folders.model_folder import read_config
+    from glm_hf.folders.validation import read_config
 
     require_options_of_one_plan(options)
     config = GLMConfig() if options.model is None else read_config(options.model)

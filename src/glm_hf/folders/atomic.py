@@ -4,12 +4,8 @@ Beside the destination `NAME` lies a hidden folder `.NAME.partial` until the end
     folder/         what is to become the destination, as far as it is written
     lock            held by the process that writes, and gone with it
     replaced.NAME/  an earlier destination, in the moment in which the new one takes its place
-
-A destination may hold a record of what it was made from, by which the same work, asked for again, is known to be done:
-`.complete.json`: {"origin": plan and sources, "files": {name: bytes}}.
 """
 
-import json
 import logging
 import os
 import re
@@ -22,7 +18,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-RECORD = ".complete.json"
+from glm_hf.folders.records import is_complete, remember
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +39,8 @@ class AtomicFolder:
         completed_by: Name of the file that completes a destination which holds other things as well: it is removed
             first, and moved there last. None for a destination that is a folder of its own.
         replaced_files: Names of files in such a destination that the new ones replace.
-        origin: What the destination is made from, as JSON, to be recorded in it; None for no record.
+        origin: What the destination is made from, as JSON, by which the same work is known to be done
+            when it is asked for again; None to forget it.
     """
 
     def __init__(
@@ -137,7 +134,7 @@ class AtomicFolder:
     def publish(self) -> None:
         """Give the written folder its name once all of its bytes are on the disk."""
         if self.origin is not None:
-            write_record(self.work, self.origin)
+            remember(self.work, self.dst, self.origin)
         sync_tree(self.work)
         if self.completed_by is not None:
             self._move_files(self.completed_by)
@@ -173,7 +170,7 @@ class AtomicFolder:
 
 @contextmanager
 def exclusive(lock: Path, what: Path) -> Iterator[None]:
-    """Hold a lock file, which is removed at the end; OSError if another process works on `what`, which it stands for."""
+    """Hold a lock file, which is removed at the end; OSError if another process writes to `what`, which it guards."""
     held = FileLock(lock)
     try:
         held.acquire(blocking=False)
@@ -197,25 +194,6 @@ def remove_leftovers(parent: Path) -> None:
                 shutil.rmtree(home)
 
 
-def write_record(folder: Path, origin: Mapping[str, Any]) -> None:
-    """Record in a folder that it is complete, with the files that it holds, and what it was made from."""
-    files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
-    files.pop(RECORD, None)
-    text = json.dumps({"origin": origin, "files": dict(sorted(files.items()))}, indent=2) + "\n"
-    (folder / RECORD).write_text(text, encoding="utf-8")
-
-
-def is_complete(folder: Path, origin: Mapping[str, Any]) -> bool:
-    """Tell whether a folder has a record of this origin, and all files that it tells of."""
-    try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        is_same = record["origin"] == json.loads(json.dumps(origin))
-        has_all = all((folder / name).stat().st_size == size for name, size in record["files"].items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # no record, or a damaged one
-        return False
-    return is_same and has_all
-
-
 def require_vacant(dst: Path) -> None:
     """
     Check that a finished folder can be renamed to `dst`: a new path or an empty folder.
@@ -227,7 +205,7 @@ def require_vacant(dst: Path) -> None:
     if dst.is_mount():
         raise ValueError(f"{dst} is a mount point and cannot be replaced; choose a folder in it")
     if (dst.exists() and not dst.is_dir()) or (dst.is_dir() and any(dst.iterdir())):
-        raise FileExistsError(f"{dst} exists already; choose another folder, or overwrite it")
+        raise FileExistsError(f"{dst} exists already; choose another folder or remove it (or overwrite it, --overwrite)")
 
 
 def require_replaceable(dst: Path) -> None:

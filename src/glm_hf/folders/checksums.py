@@ -12,7 +12,8 @@ from typing import Any
 
 import xxhash
 
-from glm_hf.folders.model_folder import read_json, write_json
+from glm_hf.folders.model_folder import write_json
+from glm_hf.folders.validation import read_json
 
 CHECKSUMS = "checksums.json"
 FORMAT = 1

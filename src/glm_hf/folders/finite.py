@@ -38,7 +38,7 @@ class FiniteWeights:
 
     def _report(self, name: str, line: str) -> None:
         if self.strict:
-            raise ValueError(f"{line}; weights like this give no answers: copy the model again, or use another")
+            raise ValueError(f"{line}: weights must be finite; copy the model again, or use another")
         self.found[name] = line
         if len(self.found) <= MOST_WARNINGS:
             logger.warning("%s", line)

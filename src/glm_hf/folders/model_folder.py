@@ -9,17 +9,15 @@ README.md, LICENSE              model card and licence, if the folder that the m
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 
 from glm_hf.configuration_glm import GLMConfig
+from glm_hf.folders.validation import INDEX, read_config, read_json, require_inside
 
-INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
     "chat_template.jinja",
@@ -64,6 +62,7 @@ def _copy_files(source: Path, folder: Path) -> None:
     """Copy what belongs to a model besides its configuration and weights, without classes in Python files."""
     for name in COPIED_FILES:
         if (source / name).is_file():
+            require_inside(source, name)
             shutil.copyfile(source / name, folder / name)
     tokenizer_config = folder / "tokenizer_config.json"
     if tokenizer_config.is_file() and "auto_map" in read_json(source / "config.json"):
@@ -88,93 +87,3 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write an object as transformers does, keys sorted."""
     text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     path.write_text(text, encoding="utf-8")
-
-
-def require_matching_tokenizer(tokenizer: Any, config: GLMConfig) -> None:
-    """
-    Check that a tokenizer is that of a model.
-
-    Raises:
-        ValueError: If the model has no row for every token, or other special ids than the tokenizer knows.
-    """
-    if len(tokenizer) > config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens, but the model's vocabulary has {config.vocab_size} rows; use "
-            "the tokenizer that belongs to the model"
-        )
-    for name, token_id in config.to_dict().items():
-        known_id = getattr(tokenizer, name, None) if name.endswith("_token_id") else None
-        if known_id not in (None, token_id):
-            raise ValueError(
-                f"the tokenizer has {name} = {known_id}, but the config has {token_id}; use the tokenizer that "
-                "belongs to the model, or a config with the special ids of the tokenizer"
-            )
-
-
-@contextmanager
-def reading(path: str | Path, problem: str = "is damaged") -> Iterator[None]:
-    """Turn whatever a library trips over in a damaged file into a ValueError of one line, with the file's name."""
-    try:
-        yield
-    except OSError:  # which has the name
-        raise
-    except BaseException as error:
-        is_panic = type(error).__name__ == "PanicException"  # of a library in Rust
-        if not isinstance(error, Exception) and not is_panic:
-            raise
-        lines = str(error).strip().splitlines()
-        raise ValueError(f"{path} {problem}: {lines[0] if lines else type(error).__name__}") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file; FileNotFoundError without the file, ValueError if it holds none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not a JSON file: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no fields; expected a JSON object")
-    return content
-
-
-def read_config(folder: str | Path, **overrides: Any) -> GLMConfig:
-    """
-    Return the configuration of a model, with some fields replaced.
-
-    Raises:
-        FileNotFoundError: If the folder has none.
-        ValueError: If it is of another type of model, or not valid.
-    """
-    require_files(Path(folder), ["config.json"])
-    return parse_config({**read_json(Path(folder) / "config.json"), **overrides}, folder)
-
-
-def parse_config(fields: dict[str, Any], folder: str | Path) -> GLMConfig:
-    """Return the configuration of `fields` from a folder; ValueError if it is of another type, or not valid."""
-    if fields.get("model_type") != GLMConfig.model_type:
-        raise ValueError(f"{folder} must hold a {GLMConfig.model_type} model, got {fields.get('model_type')}")
-    try:
-        return GLMConfig.from_dict(fields)
-    except (StrictDataclassError, AttributeError, TypeError) as error:
-        raise ValueError(f"{folder}/config.json is not valid: {error.__cause__ or error}") from error
-
-
-def require_files(folder: Path, names: Iterable[str]) -> None:
-    """Raise FileNotFoundError unless `folder` has all files `names`."""
-    if missing := [name for name in names if not (folder / name).is_file()]:
-        raise FileNotFoundError(
-            f"{folder} must hold a model, as the converter and save_pretrained write it, but has no "
-            f"{', '.join(missing)}"
-        )
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of the model in `folder`, all of which exist; else FileNotFoundError."""
-    names = ["model.safetensors"]  # what transformers takes first, even if an index is there
-    if not (folder / names[0]).is_file() and (folder / INDEX).is_file():
-        weight_map = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-            raise ValueError(f"{folder / INDEX} has no weight_map; expected an index of safetensors files")
-        names = sorted(set(weight_map.values()))
-    require_files(folder, names)
-    return [folder / name for name in names]

@@ -21,16 +21,17 @@ from tqdm import tqdm
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from glm_hf.configuration_glm import GLMConfig
-from glm_hf.folders.atomic import RECORD, AtomicFolder
+from glm_hf.folders.atomic import AtomicFolder
 from glm_hf.folders.finite import FiniteWeights
-from glm_hf.folders.model_folder import (
+from glm_hf.folders.model_folder import write_json, write_model_files
+from glm_hf.folders.validation import (
     INDEX,
     parse_config,
     read_json,
     require_files,
+    require_generation_config,
+    require_inside,
     weight_files,
-    write_json,
-    write_model_files,
 )
 from glm_hf.hub.model_card import model_card
 
@@ -81,6 +82,8 @@ def export_hub_folder(
     weights = weight_files(src)
     num_parameters = sum(map(_num_parameters, weights))
     card = model_card(config, push_to or dst.name, num_parameters, sum(path.stat().st_size for path in weights))
+    for path in weights:
+        require_inside(src, path.name)
     sources = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in weights}
     target = AtomicFolder(dst, replaces=overwrite, origin={"plan": {"strict": strict}, "sources": sources})
 
@@ -105,7 +108,7 @@ def export_hub_folder(
             _watch(weights, FiniteWeights(strict))
             _link_or_copy(weights, folder)
     if push_to is not None:
-        HfApi().upload_folder(repo_id=push_to, folder_path=dst, ignore_patterns=[RECORD])
+        HfApi().upload_folder(repo_id=push_to, folder_path=dst)
 
 
 def _watch(weights: list[Path], finite: FiniteWeights) -> None:
@@ -133,7 +136,7 @@ def _blocks(stored: Any) -> Iterator[torch.Tensor]:
 def _read_config(src: Path) -> dict[str, Any]:
     """Return `config.json` of a GLM-130B model whose weights need nothing but the exported code."""
     config = read_json(src / "config.json")
-    parse_config(config, src)
+    require_generation_config(src, parse_config(config, src))
     if config.get("quantization_config"):
         raise ValueError(
             f"{src} is quantized, and without glm_hf its codes would be taken for weights; export the model that it "

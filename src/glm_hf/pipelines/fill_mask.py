@@ -10,7 +10,7 @@ import numpy as np
 from transformers.pipelines import FillMaskPipeline
 
 from glm_hf.filling_glm import Blank, fill_in_turn
-from glm_hf.folders.model_folder import require_matching_tokenizer
+from glm_hf.folders.validation import require_matching_tokenizer
 from glm_hf.infilling_glm import mask_token_ids, prepare_context, unpad
 from glm_hf.pipelines.text_generation import continuation, is_glm
 

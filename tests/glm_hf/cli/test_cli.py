@@ -129,13 +129,17 @@ def test_export_hub_makes_a_folder(run, model_folder, tmp_path):
     code, out, _ = run("export-hub", model_folder, tmp_path / "hub")
     assert (code, out.strip()) == (0, str(tmp_path / "hub"))
     assert (tmp_path / "hub" / "modeling_glm.py").is_file()
+    code, out, err = run("export-hub", model_folder, tmp_path / "hub")
+    assert (code, out.strip()) == (0, str(tmp_path / "hub"))
+    assert (tmp_path / "hub" / "config.json").write_text("{}")
     code, _, err = run("export-hub", model_folder, tmp_path / "hub")
     assert code == 1
     assert "exists already" in err
+    assert run("export-hub", model_folder, tmp_path / "hub", "--overwrite")[0] == 0
 
 
 def test_bug_keeps_its_traceback(model_folder, monkeypatch):
-    monkeypatch.setattr("transformers.pipeline", None)
+    monkeypatch.setattr("glm_hf.cli.fill.describe", None)
     with pytest.raises(TypeError):
         main(["fill", "--model", str(model_folder), TEXT])
 
@@ -214,7 +218,7 @@ def test_interrupted_conversion_goes_on_or_begins_again(run, config_file, tmp_pa
     with monkeypatch.context() as patch:
         patch.setattr("glm_hf.conversion.convert.write_index", interrupt)
         code, _, err = run(*command)
-    assert code == 1
+    assert code == 130
     assert last_line(err) == "glm-hf: error: interrupted; 4 of 4 parts are finished; run the same command to resume"
     code, _, err = run(*command, "--dtype", "float32")
     assert code == 1

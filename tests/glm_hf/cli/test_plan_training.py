@@ -138,8 +138,11 @@ def test_commands_have_help(command, capsys):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ([], {"max_shard_size": "5GB", "resume": True}),
-        (["--max-shard-size", "1GB", "--no-resume"], {"max_shard_size": "1GB", "resume": False}),
+        ([], {"max_shard_size": "5GB", "resume": True, "overwrite": False, "strict": False}),
+        (
+            ["--max-shard-size", "1GB", "--no-resume", "--strict", "--overwrite"],
+            {"max_shard_size": "1GB", "resume": False, "overwrite": True, "strict": True},
+        ),
     ],
 )
 def test_export_3d_passes_its_options_on(run, monkeypatch, options, expected):

@@ -21,6 +21,7 @@ from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
 import glm_hf
 from glm_hf import GLMConfig, GLMForBlankInfilling
+from glm_hf.folders.validation import INDEX
 from glm_hf.hub import export as hub_glm
 from glm_hf.hub.export import export_hub_folder
 from glm_hf.hub.model_card import SIZES
@@ -274,15 +275,53 @@ def test_a_model_of_another_size_is_not_called_the_released_one(broken, tmp_path
 
 
 def test_weights_are_linked_even_through_symbolic_links(broken, tmp_path):
-    blob = broken.parent / "blob"
-    shard = next(broken.glob("*.safetensors"))
-    shard.rename(blob)
-    shard.symlink_to(blob)  # as in the cache of huggingface_hub
+    snapshot = tmp_path / "models--me--glm" / "snapshots" / "0123abc"  # as in the cache of huggingface_hub
+    snapshot.parent.mkdir(parents=True)
+    broken.rename(snapshot)
+    (snapshot.parent.parent / "blobs").mkdir()
+    for number, path in enumerate(sorted(snapshot.iterdir())):
+        blob = snapshot.parent.parent / "blobs" / str(number)
+        path.rename(blob)
+        path.symlink_to(os.path.relpath(blob, snapshot))
     (tmp_path / "out").mkdir()
-    export_hub_folder(broken, tmp_path / "out")
+    export_hub_folder(snapshot, tmp_path / "out")
     for path in (tmp_path / "out").glob("*.safetensors"):
         assert not path.is_symlink()
-        assert path.samefile(broken / path.name)
+        assert path.samefile(snapshot / path.name)
+
+
+@pytest.mark.parametrize("name", ["MODEL_LICENSE", "tokenizer.json", "*.safetensors", "generation_config.json"])
+def test_links_to_files_elsewhere_are_refused(broken, tmp_path, name):
+    [path, *_] = broken.glob(name)
+    path.rename(tmp_path / "private")
+    path.symlink_to(tmp_path / "private")
+    with pytest.raises(ValueError, match=rf"{re.escape(path.name)} is a link to .*private, outside of the folder"):
+        export_hub_folder(broken, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "entry", ["../other/model.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", ".x.safetensors"]
+)
+def test_an_index_entry_elsewhere_is_refused(broken, tmp_path, entry):
+    index = json.loads((broken / INDEX).read_text())
+    index["weight_map"][next(iter(index["weight_map"]))] = entry
+    (broken / INDEX).write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="expected names of files beside it"):
+        export_hub_folder(broken, tmp_path / "out")
+
+
+def test_the_same_export_again_is_complete_and_another_is_refused(source, broken, tmp_path, caplog):
+    export_hub_folder(source, tmp_path / "out")
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    export_hub_folder(source, tmp_path / "out")
+    assert "already complete" in caplog.text
+    assert before == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    (broken / "MODEL_LICENSE").write_text("changed")
+    with pytest.raises(FileExistsError, match="exists already; choose another folder or remove it"):
+        export_hub_folder(broken, tmp_path / "out")
+    export_hub_folder(broken, tmp_path / "out", overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "out"]
 
 
 def test_weights_are_copied_with_a_warning_where_links_fail(source, tmp_path, monkeypatch, caplog):
@@ -343,7 +382,10 @@ def test_upload_happens_only_when_asked(source, exported, tmp_path, monkeypatch)
     export_hub_folder(source, tmp_path / "kept")
     assert StubHub.calls == []
     export_hub_folder(source, tmp_path / "pushed", push_to="me/glm-tiny")
-    assert StubHub.calls == [("create", "me/glm-tiny", True), ("upload", "me/glm-tiny", sorted(contents(exported)))]
+    assert StubHub.calls == [
+        ("create", "me/glm-tiny", True),
+        ("upload", "me/glm-tiny", sorted(contents(exported))),
+    ]
     assert 'from_pretrained("me/glm-tiny", trust' in (tmp_path / "pushed" / "README.md").read_text()
 
 

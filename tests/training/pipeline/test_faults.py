@@ -17,6 +17,7 @@ from small_runs import make_arguments, make_trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from glm_hf import GLMConfig
+from glm_hf.folders.checksums import write_checksums
 from glm_hf.training import DivergenceError, GLM3DTrainer
 from glm_hf.training.pipeline.checkpoint import require_own
 from glm_hf.training.pipeline.engine import BUCKET_SIZE, deepspeed_3d_config, squared_norm
@@ -333,6 +334,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(deep_folder, tmp_path):
     [states] = checkpoint.glob("global_step1/mp_rank_00_model_states.pt")
     content = torch.load(states, weights_only=False)
     torch.save(content | {"harm": Harm(tmp_path / "harmed")}, states)
+    write_checksums(checkpoint)
 
     def rank_main(rank: int):
         with pytest.raises(Exception, match="(?i)weights.only"):

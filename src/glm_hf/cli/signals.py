@@ -1,0 +1,69 @@
+"""How a process of the command ends when it is told to: with a sentence, and the exit code that shells expect.
+
+Both signals become an exception of the main thread, so that unfinished work is cleaned up. A process that does not
+come to that, as it hangs in a library, ends without it after some seconds.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+from types import FrameType
+from typing import Any
+
+PATIENCE = 5.0  # seconds
+REASONS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+received: list[int] = []
+"""Signals that this process was sent."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which libraries that clean up on Ctrl-C are to take for that."""
+
+
+def listen() -> None:
+    """Turn SIGINT and SIGTERM into exceptions; children of the process have the system's way of ending again."""
+    handled = [number for number in REASONS if signal.getsignal(number) != signal.SIG_IGN]  # as under nohup
+    for number in handled:
+        signal.signal(number, _raise)
+    if os.name == "posix":
+        told, tell = os.pipe()
+        os.set_blocking(tell, False)
+        signal.set_wakeup_fd(tell, warn_on_full_buffer=False)  # written to even while a library holds the main thread
+        threading.Thread(target=_wait, args=(told,), daemon=True).start()
+        os.register_at_fork(after_in_child=_forget)
+
+
+def exit_code() -> int:
+    """Return the exit code of a process that a signal has ended."""
+    return 128 + (received[0] if received else signal.SIGINT)
+
+
+def reason() -> str:
+    """Return in a word what has ended the process."""
+    return REASONS[signal.Signals(received[0] if received else signal.SIGINT)]
+
+
+def _raise(number: int, frame: FrameType | None) -> Any:
+    received.append(number)
+    raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+
+
+def _wait(told: int) -> None:
+    """End the process some seconds after it was told to, unless it has ended by itself."""
+    while (number := os.read(told, 1)[0]) not in REASONS:
+        pass
+    time.sleep(PATIENCE)
+    received.append(number)
+    if sys.stderr is not None:
+        print(f"glm-hf: error: {reason()}", file=sys.stderr, flush=True)
+    os._exit(exit_code())
+
+
+def _forget() -> None:
+    received.clear()
+    signal.set_wakeup_fd(-1)
+    for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+        if signal.getsignal(number) == _raise:
+            signal.signal(number, usual)
