@@ -1,49 +1,67 @@
 """A training run from its configuration: `glm-hf train config.yaml`."""
 
+import json
+import logging
+import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from glm_hf.configuration_glm import GLMConfig
 from glm_hf.conversion.formats.safetensors_reader import ModelFolder
+from glm_hf.folders.records import facts_of_file, facts_of_files, is_complete, remember
 from glm_hf.folders.validation import find_folder, load_tokenizer, read_config, reading
 from glm_hf.modeling_glm import GLMForBlankInfilling
 from glm_hf.tokenization_glm import GLMTokenizer
 from glm_hf.training.arguments import GLMTrainingArguments
+from glm_hf.training.checkpoints import alone
 from glm_hf.training.data.collator import DataCollatorForBlankInfilling, sentence_ends
-from glm_hf.training.data.corpora import CorpusSource, load_corpus
+from glm_hf.training.data.corpora import CorpusSource, find_files, load_corpus
 from glm_hf.training.data.dataset import BlankInfillingDataset
+from glm_hf.training.data.token_file import FACTS_FILE
 from glm_hf.training.divergence import DivergenceError
 from glm_hf.training.run_config import DataSection, ModelSection, RunConfig, fields_of
 from glm_hf.training.trainer import GLMTrainer
 from glm_hf.training.trainer_3d import GLM3DTrainer, dtype_of
 
+logger = logging.getLogger(__name__)
 
-def train_run(run: RunConfig, *, resume: bool = False, output_dir: str | None = None) -> str:
+
+def train_run(run: RunConfig, *, resume: bool = False, output_dir: str | None = None, overwrite: bool = False) -> str:
     """
     Train as a configuration says, and save the model, or its adapter, in the output folder.
+
+    Once that has been done, the same call does nothing.
 
     Args:
         run: Configuration of the run.
         resume: Whether to resume from the last checkpoint in the output folder, if there is one.
         output_dir: Output folder, instead of that of the configuration.
+        overwrite: Whether to begin anew where the output folder holds checkpoints, which are removed.
 
     Returns:
         The output folder.
 
     Raises:
-        FileExistsError: If the output folder holds checkpoints and `resume` is not set.
+        FileExistsError: If the output folder holds checkpoints, and neither `resume` nor `overwrite` is set.
         ValueError: If the configuration is impossible, or training has stopped itself.
     """
     if output_dir is not None:
         run = replace(run, training={**run.training, "output_dir": output_dir})
+    origin = origin_of(run)
+    folder = str(run.training.get("output_dir") or "trainer_output")  # as transformers calls it
+    if not overwrite and is_complete(Path(folder).resolve(), origin):
+        logger.warning("%s is already complete", folder)
+        return folder
     trainer = build_trainer(run)
     folder = trainer.args.output_dir
+    if overwrite:
+        remove_checkpoints(trainer)
     last = get_last_checkpoint(folder) if Path(folder).is_dir() else None
     if last and not resume:
         raise FileExistsError(f"{folder} holds {Path(last).name} already; resume, or choose another folder")
@@ -52,7 +70,39 @@ def train_run(run: RunConfig, *, resume: bool = False, output_dir: str | None = 
     except DivergenceError as error:
         raise ValueError(str(error)) from error
     trainer.save_model()
+    trainer.accelerator.wait_for_everyone()
+    if trainer.args.should_save:
+        remember(Path(folder), Path(folder).resolve(), origin, pattern="*")
     return folder
+
+
+def origin_of(run: RunConfig) -> dict[str, Any]:
+    """Return what a run is made from, as JSON: its configuration, and the files that it reads."""
+    folders = [Path(path) for path in (run.model.path, run.model.tokenizer) if path and Path(path).is_dir()]
+    files = []
+    for source in (*run.data.train, *run.data.eval):
+        if (Path(source.path) / FACTS_FILE).is_file():  # tokenized before
+            folders.append(Path(source.path))
+        else:
+            files += find_files(source.path)
+    sources: dict[str, Any] = {str(folder): facts_of_files(folder, "*") for folder in folders}
+    sources |= {str(file): facts_of_file(file) for file in files}
+    return {"run": json.loads(json.dumps(asdict(run), default=_as_json)), "sources": sources}
+
+
+def _as_json(value: Any) -> Any:
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
+    return sorted(map(str, value)) if isinstance(value, (set, frozenset)) else str(value)
+
+
+def remove_checkpoints(trainer: GLMTrainer) -> None:
+    """Remove what an earlier run has saved in the output folder; OSError if that run has not ended."""
+    run = Path(trainer.args.output_dir)
+    with alone(run, trainer.accelerator, trainer.args.should_save):
+        for path in run.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if trainer.args.should_save else ():
+            shutil.rmtree(path)
+        trainer.accelerator.wait_for_everyone()
 
 
 def build_trainer(run: RunConfig) -> GLMTrainer:

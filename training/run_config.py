@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import yaml
 
 from glm_hf.configuration_glm import GLMConfig
+from glm_hf.folders.validation import read_text, reading
 from glm_hf.quantization import GLMQuantizationConfig
 from glm_hf.sharding.degrees import ParallelDegrees
 from glm_hf.training.data.corpora import CorpusSource
@@ -19,6 +20,8 @@ from glm_hf.training.data.dataset import DEFAULT_INSTRUCTION_SHARE
 from glm_hf.training.data.recipe import InfillingRecipe
 from glm_hf.training.schedules import PiecewiseLinear
 
+MOST_BYTES = 2**20
+MOST_VALUES = 10**5
 SECTIONS = ("model", "data", "training", "parallel", "peft")
 DATA_KEYS = ("train", "eval", "cache", "recipe", "instruction_share", "seed")
 Fields = TypeVar("Fields")
@@ -149,10 +152,10 @@ class RunConfig:
         Raises:
             ValueError: If it is no YAML, has unknown or missing sections or keys, or impossible values.
         """
-        try:
-            content = yaml.load(Path(file).read_text(encoding="utf-8"), Loader=_Loader)  # a SafeLoader
-        except yaml.YAMLError as error:
-            raise ValueError(f"{file} is not YAML: {error}") from error
+        text = read_text(Path(file), MOST_BYTES)
+        with reading(file, "is not YAML"):
+            content = yaml.load(text, Loader=_Loader)  # a SafeLoader
+        _require_small(content, file)
         if not isinstance(content, dict) or not all(isinstance(part, dict) for part in content.values()):
             raise ValueError(f"{file} must hold sections {', '.join(SECTIONS)}, each with keys and values")
         require_known(content, SECTIONS, f"sections of {file}")
@@ -163,6 +166,18 @@ class RunConfig:
             parallel=ParallelDegrees.of(content["parallel"]) if content.get("parallel") else None,
             peft=peft_config(content["peft"]) if content.get("peft") else None,
         )
+
+
+def _require_small(content: Any, file: str | Path) -> None:
+    """Raise ValueError if a file has more values than anybody writes, as references to references make them."""
+    values, num_values = [content], 0
+    while values:
+        value = values.pop()
+        num_values += 1
+        if num_values > MOST_VALUES:
+            raise ValueError(f"{file} has more than {MOST_VALUES:,} values; expected a configuration")
+        if isinstance(value, (dict, list)):
+            values += [*value, *value.values()] if isinstance(value, dict) else value
 
 
 class _Loader(yaml.SafeLoader):

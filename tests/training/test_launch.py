@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from glm_hf import GLMForBlankInfilling, GLMQuantizationConfig
 from glm_hf.cli import main
+from glm_hf.folders.atomic import exclusive
+from glm_hf.folders.records import facts_of_files
 from glm_hf.training import GLMTrainingArguments
 from glm_hf.training.launch import build_trainer, train_run
 from glm_hf.training.run_config import RunConfig, fields_of
@@ -108,16 +110,70 @@ def test_settings_of_every_section_arrive(settings, tmp_path, corpus):
 
 def test_a_finished_run_is_not_overwritten_but_goes_on(settings, tmp_path, capsys):
     assert run_command(settings, tmp_path, capsys)[0] == 0
+    settings["training"]["max_steps"] = 3
     code, _, err = run_command(settings, tmp_path, capsys)
     assert code == 1
     assert "holds checkpoint-2 already; resume, or choose another folder" in err
-    settings["training"]["max_steps"] = 3
     code, out, _ = run_command(settings, tmp_path, capsys, "--resume")
     assert code == 0
     state = json.loads((tmp_path / "run" / "checkpoint-3" / "trainer_state.json").read_text())
     assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2, 3]
     assert run_command(settings, tmp_path, capsys, "--output-dir", str(tmp_path / "other"))[0] == 0
     assert (tmp_path / "other" / "checkpoint-3").is_dir()
+
+
+@pytest.mark.parametrize("options", [[], ["--resume"]])
+def test_a_finished_run_is_complete_while_nothing_has_changed(settings, tmp_path, corpus, capsys, caplog, options):
+    assert run_command(settings, tmp_path, capsys)[0] == 0
+    before = facts_of_files(tmp_path / "run")
+    assert run_command(settings, tmp_path, capsys, *options)[:2] == (0, f"{tmp_path / 'run'}\n")
+    assert "run is already complete" in caplog.text
+    assert facts_of_files(tmp_path / "run") == before
+    caplog.clear()
+    (tmp_path / "run" / "model.safetensors").unlink()
+    assert run_command(settings, tmp_path, capsys, "--resume")[0] == 0
+    assert "already complete" not in caplog.text
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+    [file, *_] = corpus.rglob("*.jsonl") if corpus.is_dir() else [corpus]
+    with open(file, "a", encoding="utf-8") as lines:
+        lines.write(json.dumps({"text": "one more"}) + "\n")
+    assert run_command(settings, tmp_path, capsys)[0] == 1
+
+
+def test_a_run_begins_anew_when_told_to(settings, tmp_path, capsys):
+    settings["training"]["max_steps"] = 3
+    assert run_command(settings, tmp_path, capsys)[0] == 0
+    settings["training"]["max_steps"] = 2
+    assert run_command(settings, tmp_path, capsys, "--overwrite")[0] == 0
+    assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-2"}
+
+
+def test_two_commands_do_not_share_a_folder(settings, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    with exclusive(tmp_path / "run" / ".lock", tmp_path / "run"):
+        for option in ("--resume", "--overwrite"):
+            code, _, err = run_command(settings, tmp_path, capsys, option)
+            assert (code, err.count("another process is writing to")) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "model: &a [" + "[" * 3000,
+        "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n"
+        + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)),
+        "? {1: 2}\n: 3",
+        "model: !!python/object/apply:os.system ['touch harm']",
+        "\x00",
+        "- " * 5000,
+    ],
+)
+def test_hostile_yaml_is_one_line(tmp_path, capsys, text):
+    (tmp_path / "run.yaml").write_text(text)
+    assert main(["train", str(tmp_path / "run.yaml")]) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert "run.yaml" in line
+    assert len(line) < 1000
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ def add_train(commands: Any) -> None:
     command = add_command(commands, "train", train, "Train a model as a configuration file says.")
     command.add_argument("config", help="YAML file; examples/training holds some to start from")
     command.add_argument("--resume", action="store_true", help="resume from the last checkpoint, if there is one")
+    command.add_argument("--overwrite", action="store_true", help="begin anew, and remove earlier checkpoints")
     command.add_argument("--output-dir", metavar="FOLDER", help="output folder, instead of the one in the file")
 
 
@@ -20,6 +21,7 @@ def train(options: argparse.Namespace) -> None:
     from glm_hf.training.launch import train_run
     from glm_hf.training.run_config import RunConfig
 
-    folder = train_run(RunConfig.read(options.config), resume=options.resume, output_dir=options.output_dir)
+    settings = {name: getattr(options, name) for name in ("resume", "output_dir", "overwrite")}
+    folder = train_run(RunConfig.read(options.config), **settings)
     if os.environ.get("RANK", "0") == "0":
         print(folder)

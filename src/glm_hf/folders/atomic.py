@@ -205,7 +205,9 @@ def require_vacant(dst: Path) -> None:
     if dst.is_mount():
         raise ValueError(f"{dst} is a mount point and cannot be replaced; choose a folder in it")
     if (dst.exists() and not dst.is_dir()) or (dst.is_dir() and any(dst.iterdir())):
-        raise FileExistsError(f"{dst} exists already; choose another folder or remove it (or overwrite it, --overwrite)")
+        raise FileExistsError(
+            f"{dst} exists already; choose another folder or remove it (or overwrite it, --overwrite)"
+        )
 
 
 def require_replaceable(dst: Path) -> None:

@@ -17,9 +17,18 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 
-def remember(folder: Path, dst: Path, origin: Mapping[str, Any]) -> None:
-    """Record that `folder`, which is or will be `dst`, is complete, and its `origin`: plan and sources, as JSON."""
-    record = {"path": str(dst), "origin": origin, "identity": _identity(folder), "files": _files(folder)}
+def remember(folder: Path, dst: Path, origin: Mapping[str, Any], *, pattern: str = "**/*") -> None:
+    """
+    Record that a folder is complete.
+
+    Args:
+        folder: The folder, by its name of now.
+        dst: The name that it has or will have, absolute.
+        origin: Plan and sources, as JSON.
+        pattern: Which of its files have to stay as they are.
+    """
+    files = facts_of_files(folder, pattern)
+    record = {"path": str(dst), "origin": origin, "identity": _identity(folder), "files": files}
     try:
         path = _path(dst)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -35,7 +44,7 @@ def is_complete(dst: Path, origin: Mapping[str, Any]) -> bool:
     try:
         record = json.loads(_path(dst).read_text(encoding="utf-8"))
         is_same = record["origin"] == json.loads(json.dumps(origin)) and record["identity"] == _identity(dst)
-        found = _files(dst) if is_same else {}
+        found = facts_of_files(dst) if is_same else {}
         return is_same and all(found.get(name) == facts for name, facts in record["files"].items())
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
@@ -51,10 +60,12 @@ def _identity(folder: Path) -> list[int]:
     return [status.st_dev, status.st_ino]
 
 
-def _files(folder: Path) -> dict[str, list[int]]:
-    """Return size and time of change of every file."""
-    files = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            files[path.relative_to(folder).as_posix()] = [path.stat().st_size, path.stat().st_mtime_ns]
-    return files
+def facts_of_files(folder: Path, pattern: str = "**/*") -> dict[str, list[int]]:
+    """Return size and time of change of the files in a folder that match a pattern."""
+    paths = [path for path in sorted(folder.glob(pattern)) if path.is_file()]
+    return {path.relative_to(folder).as_posix(): facts_of_file(path) for path in paths}
+
+
+def facts_of_file(path: Path) -> list[int]:
+    """Return size and time of change of a file."""
+    return [path.stat().st_size, path.stat().st_mtime_ns]
