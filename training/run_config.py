@@ -7,12 +7,13 @@ import dataclasses
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from glm_hf.configuration_glm import GLMConfig
-from glm_hf.folders.validation import read_text, reading
+from glm_hf.folders.validation import read_text, reading, shortened
 from glm_hf.quantization import GLMQuantizationConfig
 from glm_hf.sharding.degrees import ParallelDegrees
 from glm_hf.training.data.corpora import CorpusSource
@@ -24,6 +25,9 @@ MOST_BYTES = 2**20
 MOST_VALUES = 10**5
 SECTIONS = ("model", "data", "training", "parallel", "peft")
 DATA_KEYS = ("train", "eval", "cache", "recipe", "instruction_share", "seed")
+WORDS = {str: "a text", int: "a number", float: "a number", bool: "true or false", dict: "keys with values"}
+WORDS |= {list: "a list", type(None): "nothing"}
+"""Types of fields in words; a field of another type checks its value itself."""
 Fields = TypeVar("Fields")
 
 
@@ -152,7 +156,7 @@ class RunConfig:
         Raises:
             ValueError: If it is no YAML, has unknown or missing sections or keys, or impossible values.
         """
-        text = read_text(Path(file), MOST_BYTES)
+        text = read_text(Path(file), MOST_BYTES, may_be_pipe=True)
         with reading(file, "is not YAML"):
             content = yaml.load(text, Loader=_Loader)  # a SafeLoader
         _require_small(content, file)
@@ -198,12 +202,14 @@ def require_known(given: dict[str, Any], known: tuple[str, ...], what: str) -> N
 def fields_of(kind: type[Fields], given: dict[str, Any], what: str) -> Fields:
     """Return a dataclass of the given fields; ValueError if one is unknown, missing, or a text instead of a number."""
     if not isinstance(given, dict):
-        raise ValueError(f"{what} must stand with their values, got {given!r}")
-    types = {each.name: each.type for each in dataclasses.fields(kind) if each.init}  # type: ignore[arg-type]
-    require_known(given, tuple(types), what)
+        raise ValueError(f"{what} must stand with their values, got {shortened(given)}")
+    require_known(given, tuple(each.name for each in dataclasses.fields(kind) if each.init), what)  # type: ignore[arg-type]
+    types = get_type_hints(kind)
     for name, value in given.items():
-        if types[name] in (int, float, "int", "float") and not isinstance(value, (int, float)):
-            raise ValueError(f"{name} must be a number, got {value!r}")
+        kinds = set(get_args(types[name]) if get_origin(types[name]) in (Union, UnionType) else [types[name]])
+        if kinds <= WORDS.keys() and not isinstance(value, tuple(kinds | ({int} if float in kinds else set()))):
+            wanted = " or ".join(dict.fromkeys(WORDS[kind] for kind in kinds))
+            raise ValueError(f"{name} must be {wanted}, got {shortened(repr(value))}")
     try:
         return kind(**given)
     except TypeError as error:  # of a field that is missing, or of another type

@@ -22,7 +22,7 @@ import numpy as np
 import xxhash
 
 from glm_hf.folders.atomic import AtomicFolder
-from glm_hf.folders.validation import read_json, reading
+from glm_hf.folders.validation import read_json, reading, require_regular
 
 FACTS_FILE, TOKENS_FILE, BOUNDARIES_FILE = "corpus.json", "tokens.bin", "boundaries.npy"
 FORMAT = 2
@@ -178,6 +178,8 @@ def _is_hashes(value: Any) -> bool:
 def _map_files(folder: Path) -> TokenFile:
     """Open the files of a corpus; ValueError if they are of another kind, or their sizes do not fit together."""
     with reading(folder, "is not a tokenized corpus"):
+        for name in (FACTS_FILE, TOKENS_FILE, BOUNDARIES_FILE):
+            require_regular(folder / name)
         facts = read_json(folder / FACTS_FILE)
         _require_facts(facts)
         boundaries = np.lib.format.open_memmap(folder / BOUNDARIES_FILE, mode="r")  # which never unpickles

@@ -72,8 +72,10 @@ def reading(path: str | Path, problem: str = "is damaged") -> Iterator[None]:
         raise ValueError(f"{path} {problem}: {lines[0] if lines else type(error).__name__}") from error
 
 
-def read_text(path: Path, most_bytes: int = MOST_BYTES) -> str:
+def read_text(path: Path, most_bytes: int = MOST_BYTES, *, may_be_pipe: bool = False) -> str:
     """Return the text of a file; ValueError if it is not UTF-8, or larger than a file of its kind can be."""
+    if not may_be_pipe:
+        require_regular(path)
     with open(path, "rb") as file:
         content = file.read(most_bytes + 1)
     if len(content) > most_bytes:

@@ -34,6 +34,7 @@ from glm_hf.folders.validation import (
     weight_files,
 )
 from glm_hf.hub.model_card import model_card
+from glm_hf.modeling_glm import GLMForBlankInfilling
 
 AUTO_MAP = {
     "AutoConfig": "configuration_glm.GLMConfig",
@@ -44,6 +45,7 @@ AUTO_MAP = {
     "AutoModelForDecision": "modeling_glm.GLMForBlankInfilling",  # the class that `transformers serve` tries first
 }
 TOKENIZER_AUTO_MAP: dict[str, list[str | None]] = {"AutoTokenizer": ["tokenization_glm.GLMTokenizer", None]}
+FLOATING = ("F16", "BF16", "F32")
 BLOCK_ELEMENTS = 2 * 2**20
 NEEDED = ("config.json", "tokenizer.json", "tokenizer_config.json")
 
@@ -84,6 +86,7 @@ def export_hub_folder(
     card = model_card(config, push_to or dst.name, num_parameters, sum(path.stat().st_size for path in weights))
     for path in weights:
         require_inside(src, path.name)
+    _require_model(src, config, weights)
     sources = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in weights}
     target = AtomicFolder(dst, replaces=overwrite, origin={"plan": {"strict": strict}, "sources": sources})
 
@@ -144,6 +147,29 @@ def _read_config(src: Path) -> dict[str, Any]:
         )
     config.pop("custom_pipelines", None)  # written by a pipeline's save_pretrained; makes fill-mask ask for trust
     return config
+
+
+def _require_model(src: Path, config: dict[str, Any], weights: list[Path]) -> None:
+    """Raise ValueError unless the files hold the weights of the model that its configuration tells, and no others."""
+    with torch.device("meta"):
+        model = GLMForBlankInfilling(parse_config(config, src))
+    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    found: dict[str, list[int]] = {}
+    for path in weights:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}
+            if wrong := [name for name, part in slices.items() if part.get_dtype() not in FLOATING]:
+                raise ValueError(
+                    f"{path}: {wrong[0]} is {slices[wrong[0]].get_dtype()}; expected {', '.join(FLOATING)}"
+                )
+            found |= {name: part.get_shape() for name, part in slices.items()}
+    tied = set(model.all_tied_weights_keys)
+    if difference := sorted((expected.keys() ^ found.keys()) - tied):
+        state = "is missing" if difference[0] in expected else "is unknown"
+        raise ValueError(f"{src}: {difference[0]} {state}; expected the tensors of GLMForBlankInfilling")
+    for name, shape in found.items():
+        if shape != expected[name]:
+            raise ValueError(f"{src}: {name} is {shape}, but config.json tells {expected[name]}")
 
 
 def _num_parameters(path: Path) -> int:
