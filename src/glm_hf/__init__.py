@@ -4,10 +4,23 @@ The names below are imported when they are asked for. In a process of the `glm-h
 a subcommand needs it, so that help and plans need no model.
 """
 
+import os
+import signal
 import sys
+
+
+def _is_command() -> bool:
+    """Tell whether this process is `glm-hf` or `python -m glm_hf.cli`, in which nothing but the command runs."""
+    [program] = sys.argv[:1] or [""]
+    name, _ = os.path.splitext(os.path.basename(program))
+    return name == "glm-hf" or (program == "-m" and "glm_hf.cli" in sys.orig_argv)
+
+
+if _is_command() and hasattr(signal, "pthread_sigmask"):
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})  # until the command listens to them
+
 from collections.abc import Callable, Mapping
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glm_hf.deprecated.modules import find_renamed_modules
@@ -89,12 +102,6 @@ def register() -> None:
     transformers.AutoTokenizer.register(GLMConfig, tokenizer_class=GLMTokenizer, exist_ok=True)
     register_pipelines()
     register_quantizer()
-
-
-def _is_command() -> bool:
-    """Tell whether this process is `glm-hf` or `python -m glm_hf.cli`, in which nothing but the command runs."""
-    [program] = sys.argv[:1] or [""]
-    return Path(program).stem == "glm-hf" or (program == "-m" and "glm_hf.cli" in sys.orig_argv)
 
 
 find_renamed_modules()

@@ -43,13 +43,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run() -> int:
     """Run the command as a process of its own, which knows what to do when it is told to end."""
-    signals.listen()
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # whichever library loads
     try:
-        return main()
+        signals.listen()
+        code = main()
     except KeyboardInterrupt:
         fail(signals.reason())
-        return signals.exit_code()
+        code = signals.exit_code()
+    except SystemExit as error:  # of wrong usage
+        code = int(error.code or 0)
+    signals.ending.append(code)
+    return code
 
 
 def use_utf8() -> None:
