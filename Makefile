@@ -14,7 +14,7 @@ OLDEST_TESTS := tests/glm_hf/test_golden_*.py tests/glm_hf/test_*_glm.py tests/g
         tests/glm_hf/test_masked_lm.py tests/glm_hf/test_peft.py tests/glm_hf/pipelines tests/glm_hf/hub \
         tests/quantization tests/test_main_road.py
 
-.PHONY: install demo test test-oldest quality clean \
+.PHONY: install demo test test-oldest quality clean fuzz kill \
         bench bench-startup bench-conversion bench-int4 bench-decode bench-data bench-train-step bench-training-memory
 
 install: $(INSTALLED)
@@ -47,6 +47,15 @@ $(OLDEST)/.installed: setup.cfg setup.py pyproject.toml constraints-oldest.txt $
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt \
 	    -e ".[peft]" datasets pytest pytest-xdist
 	touch $@
+
+# Thousands of random damages to files, and of random ends of commands; the suite has some of each.
+N ?= 2000
+fuzz: $(INSTALLED)
+	OMP_NUM_THREADS=1 PYTHONPATH=tests/support $(BIN)/python tests/support/fuzzing.py $(N) $(SEED)
+
+KILLS ?= 140 45 45
+kill: $(INSTALLED)
+	OMP_NUM_THREADS=1 PYTHONPATH=tests/support $(BIN)/python tests/support/kills.py $(KILLS)
 
 quality: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -7,6 +7,9 @@ a subcommand needs it, so that help and plans need no model.
 import os
 import signal
 import sys
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 
 def _is_command() -> bool:
@@ -16,14 +19,10 @@ def _is_command() -> bool:
     return name == "glm-hf" or (program == "-m" and "glm_hf.cli" in sys.orig_argv)
 
 
-if _is_command() and hasattr(signal, "pthread_sigmask"):
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})  # until the command listens to them
+if _is_command() and hasattr(signal, "pthread_sigmask"):  # until the command listens to them
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
 
-from collections.abc import Callable, Mapping
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-from glm_hf.deprecated.modules import find_renamed_modules
+from glm_hf.deprecated.modules import find_renamed_modules  # noqa: E402, by then signals have to wait
 
 if TYPE_CHECKING:
     from glm_hf import conversion, quantization, training

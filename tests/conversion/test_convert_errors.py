@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -432,3 +433,43 @@ def test_disk_with_too_little_space(refuse, monkeypatch):
     usage = shutil.disk_usage("/")._replace(free=1000)
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     refuse(DATA / "cfg1/sat_tp1", r"needs 327,360 free bytes, but has 1,000; free some space", OSError)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("mp_rank_0000_model_states.pt", "mp_rank_0_model_states.pt", "mp_rank_001_model_states.pt"),
+        *("mp_rank_００_model_states.pt", "mp_rank_٠٠_model_states.pt", "MP_RANK_00_MODEL_STATES.PT"),
+        *("mp_rank_00_model_states (1).pt", "mp_rank_00_model_states.pt.part", "mp_rank_00_model_states.pth"),
+    ],
+)
+@pytest.mark.parametrize("is_alone", [False, True])
+def test_name_that_looks_like_that_of_a_rank(name, is_alone, refuse, golden_copy):
+    content = rank_file(golden_copy, 1).read_bytes()
+    if is_alone:
+        rank_file(golden_copy, 1).unlink()
+    (golden_copy / "49300" / name).write_bytes(content)
+    refuse(golden_copy, rf"{re.escape(name)} looks like the file of a rank, but has another name")
+
+
+def test_checksums_of_rank_files_may_lie_beside_them(golden_copy, golden_special_ids, tmp_path):
+    (golden_copy / "49300" / "mp_rank_00_model_states.pt.sha256").write_text("0123")
+    convert_sat_checkpoint(golden_copy, tmp_path / "hf", config=golden_special_ids)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_rank_file_that_never_ends(kind, refuse, golden_copy):
+    path = rank_file(golden_copy, 1)
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    with pytest.raises((ValueError, FileNotFoundError), match="mp_rank_01_model_states.pt"):
+        convert_sat_checkpoint(golden_copy, golden_copy.parent / "hf")
+
+
+@pytest.mark.parametrize("shape", [(60_000, 60_000), (1, 2_000_000_000)])
+def test_small_file_with_large_tensors(shape, refuse, golden_ranks, write_sat):
+    golden_ranks[0]["module"][f"{DENSE}.weight"] = torch.zeros(1).half().expand(shape)
+    refuse(write_sat(golden_ranks), "bytes, but its tensors would have .* they are expanded")

@@ -5,6 +5,7 @@ End commands at random moments, repeat them, and compare with what nothing has d
 """
 
 import json
+import logging
 import os
 import random
 import shutil
@@ -129,11 +130,15 @@ def begin(arguments: Callable[[], list[str]], folder: Path) -> int:
     """Start a command in a process of its own, which listens to signals as the command does; return its pid."""
     sys.stdout.flush()
     sys.stderr.flush()
+    (folder / "stderr").touch()
     given = arguments()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})  # as when glm_hf is imported
     pid = os.fork()
     if pid:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return pid
     code = 99
+    logging.getLogger().handlers.clear()  # of pytest, which would keep warnings from stderr
     try:
         for descriptor, name in ((1, "stdout"), (2, "stderr")):
             os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)

@@ -59,7 +59,7 @@ def add_strict(command: Any) -> None:
     command.add_argument("--strict", action="store_true", help="refuse weights that are NaN or infinite")
 
 
-def rerun_settings(options: argparse.Namespace) -> dict[str, bool]:
+def rerun_settings(options: argparse.Namespace) -> dict[str, Any]:
     """Return the settings of the options that `add_no_resume` has added."""
     return {"resume": not options.no_resume, "overwrite": options.overwrite}
 
