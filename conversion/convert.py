@@ -20,7 +20,7 @@ from glm_hf.conversion.formats.model_tensors import model_tensors
 from glm_hf.conversion.formats.safetensors_writer import ShardFile, plan_shards
 from glm_hf.conversion.formats.sat_checkpoint import SatCheckpoint
 from glm_hf.conversion.streaming.segments import write_in_segments
-from glm_hf.folders.atomic import free_space
+from glm_hf.folders.atomic import destination, free_space
 from glm_hf.folders.finite import FiniteWeights
 from glm_hf.folders.model_folder import write_index, write_model_files
 from glm_hf.folders.validation import load_tokenizer, reading, require_matching_tokenizer, require_regular
@@ -145,7 +145,7 @@ def convert_sat_checkpoint(
             yield from converted(name, blocks, source_dtypes[name], unit)
 
     sources = plan.checkpoint.sources
-    dst = Path(dst).resolve()
+    dst = destination(dst)
     write_in_segments(
         dst,
         plan.shards,

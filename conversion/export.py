@@ -15,6 +15,7 @@ from glm_hf.conversion.formats.safetensors_reader import ModelFolder
 from glm_hf.conversion.formats.sat_checkpoint import SatCheckpoint
 from glm_hf.conversion.formats.torch_zip import TorchZip
 from glm_hf.conversion.streaming.segments import write_in_segments
+from glm_hf.folders.atomic import destination
 from glm_hf.folders.finite import FiniteWeights
 from glm_hf.rotary_glm import inverse_frequencies
 from glm_hf.sharding.rules import ROW, shard_rule
@@ -160,7 +161,7 @@ def _write_sat(
         (folder / "latest").write_text(f"{iteration}\n", encoding="utf-8")
 
     write_in_segments(
-        dst.resolve(),
+        destination(dst),
         segments,
         blocks_of,
         finish,

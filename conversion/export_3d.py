@@ -9,6 +9,7 @@ from glm_hf.conversion.convert import made_together
 from glm_hf.conversion.formats.pipeline_checkpoint import EMBEDDING, Checkpoint3D
 from glm_hf.conversion.formats.safetensors_writer import ShardFile, plan_shards
 from glm_hf.conversion.streaming.segments import write_in_segments
+from glm_hf.folders.atomic import destination
 from glm_hf.folders.finite import FiniteWeights
 from glm_hf.folders.model_folder import write_index, write_model_files
 from glm_hf.folders.validation import read_json
@@ -59,7 +60,7 @@ def export_3d_checkpoint(
         write_index(folder, {shard.label: shard.tensors for shard in shards})
         _write_small_files(Path(src), folder, source)
 
-    dst = Path(dst).resolve()
+    dst = destination(dst)
     write_in_segments(
         dst,
         shards,

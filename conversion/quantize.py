@@ -15,6 +15,7 @@ from glm_hf.conversion.formats.model_tensors import model_tensors
 from glm_hf.conversion.formats.safetensors_reader import ModelFolder
 from glm_hf.conversion.formats.safetensors_writer import ShardFile, plan_shards
 from glm_hf.conversion.streaming.segments import write_in_segments
+from glm_hf.folders.atomic import destination
 from glm_hf.folders.finite import FiniteWeights
 from glm_hf.folders.model_folder import write_index, write_model_files
 from glm_hf.folders.validation import read_json
@@ -77,7 +78,7 @@ def quantize_checkpoint(
         write_index(folder, {shard.label: shard.tensors for shard in shards})
         write_model_files(folder, fields, source=Path(src))
 
-    dst = Path(dst).resolve()
+    dst = destination(dst)
     write_in_segments(
         dst, shards, blocks_of, write_small_files, sources=source.sources, resume=resume, overwrite=overwrite
     )

@@ -21,7 +21,7 @@ from glm_hf.conversion.analysis.tensor import HISTOGRAM_EDGES, UNITS, Scheme, fi
 from glm_hf.conversion.formats.model_tensors import EMBEDDINGS, LINEARS
 from glm_hf.conversion.formats.safetensors_reader import ModelFolder
 from glm_hf.conversion.streaming.blocks import progress_bar, read_ahead
-from glm_hf.folders.atomic import AtomicFolder
+from glm_hf.folders.atomic import AtomicFolder, destination
 from glm_hf.folders.validation import read_json
 
 SCHEMA_VERSION = 1
@@ -46,7 +46,7 @@ def write_analysis(
         FileExistsError: If `dst` holds something else already.
         FileNotFoundError, ValueError: As `analyze_weights`.
     """
-    dst = Path(dst).resolve()
+    dst = destination(dst)
     source = _open(src)
     schemes = _schemes(group_sizes, source)
     has_plots = _has_matplotlib()

@@ -38,13 +38,13 @@ def convert(options: argparse.Namespace) -> None:
     from glm_hf.conversion import convert_sat_checkpoint
     from glm_hf.conversion.convert import plan_conversion
     from glm_hf.conversion.streaming.segments import bytes_of_interrupted_run
-    from glm_hf.folders.atomic import require_space, require_vacant
+    from glm_hf.folders.atomic import destination, require_space, require_vacant
 
     settings = {
         name: getattr(options, name) for name in ("config", "tokenizer", "dtype", "max_shard_size", "quantization")
     }
     if options.dry_run:
-        dst = Path(options.dst).resolve()
+        dst = destination(options.dst)
         if not options.overwrite:
             require_vacant(dst)
         plan = plan_conversion(options.src, **settings)

@@ -194,6 +194,14 @@ def remove_leftovers(parent: Path) -> None:
                 shutil.rmtree(home)
 
 
+def destination(dst: str | Path) -> Path:
+    """Return a destination as an absolute path without links; ValueError if its links lead in a circle."""
+    try:
+        return Path(dst).resolve()
+    except (RuntimeError, OSError) as error:  # whichever the version of Python raises
+        raise ValueError(f"{dst} cannot be a destination: {error}") from error
+
+
 def require_vacant(dst: Path) -> None:
     """
     Check that a finished folder can be renamed to `dst`: a new path or an empty folder.
