@@ -1,8 +1,8 @@
 """Write a folder in segments over hours: an interrupted run is resumed, and the folder appears as a whole.
 
 The folder is an `AtomicFolder`, whose hidden folder holds a manifest besides, `manifest.json`: version, hash of the
-plan, size and hash of every source, and the finished segments. A segment counts once its files are on the disk and the
-manifest says so.
+plan, size and hash of every source, the finished segments and hashes of their bytes. A segment counts once its files
+are on the disk and the manifest says so; before a run goes on, their bytes are compared.
 """
 
 import hashlib
@@ -10,6 +10,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, closing
 from itertools import groupby
 from operator import itemgetter
@@ -21,6 +22,7 @@ from torch import Tensor
 from glm_hf import __version__
 from glm_hf.conversion.streaming.blocks import progress_bar, read_ahead
 from glm_hf.folders.atomic import AtomicFolder, require_space, sync, sync_tree
+from glm_hf.folders.checksums import hash_range
 from glm_hf.folders.validation import read_json
 
 RESTART = "start again with resume=False (--no-resume), which discards what is there"
@@ -83,7 +85,7 @@ def write_in_segments(
     content = [[(segment.label, segment.layout) for segment in segments], options]
     plan = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     target = _target(dst, overwrite, {"plan": plan, "sources": sources})
-    wanted: dict[str, Any] = {"version": __version__, "plan": plan, "sources": sources, "finished": []}
+    wanted: dict[str, Any] = {"version": __version__, "plan": plan, "sources": sources, "finished": [], "hashes": {}}
     if _is_finished(target, finish):
         return
     num_bytes = sum(segment.num_bytes for segment in segments)
@@ -145,6 +147,7 @@ def _run(
                         write(name, block)
                         progress.update(block.nbytes)
                 sync_tree(work)
+                manifest["hashes"][segment.label] = _hashes(work, segments, segment)
                 done.append(segment.label)
                 _save(home, manifest)
         _remove_others(work, {name for segment in segments for name in segment.end})
@@ -178,14 +181,35 @@ def _interrupted_run(
         )
     if (manifest["version"], manifest["plan"]) != (wanted["version"], wanted["plan"]):
         raise ValueError(f"the interrupted run in {home} had other options or another version of glm_hf; {RESTART}")
+    _require_undamaged(target.work, manifest, segments)
+    return manifest
+
+
+def _require_undamaged(work: Path, manifest: dict[str, Any], segments: Sequence[Segment]) -> None:
+    """Raise ValueError unless the finished segments have the bytes that were written."""
     num_done = len(manifest["finished"])
     growing = {name for segment in segments[num_done:] for name in segment.end}
     for name, size in {name: size for segment in segments[:num_done] for name, size in segment.end.items()}.items():
-        path = target.work / name
+        path = work / name
         actual = path.stat().st_size if path.is_file() else -1
         if actual < size or (actual > size and name not in growing):
             raise ValueError(f"{path} should have {size:,} bytes from the interrupted run, but has not; {RESTART}")
-    return manifest
+    for segment in segments[:num_done]:
+        expected = manifest["hashes"].get(segment.label)
+        for name, found in _hashes(work, segments, segment).items():
+            if not isinstance(expected, dict) or expected.get(name) != found:
+                raise ValueError(f"{work / name} is damaged: it has changed since the interrupted run; {RESTART}")
+
+
+def _hashes(work: Path, segments: Sequence[Segment], segment: Segment) -> dict[str, str]:
+    """Return the hash of what a segment has added to each of its files."""
+    starts: dict[str, int] = {}
+    for before in segments[: segments.index(segment)]:
+        starts |= before.end
+    with ThreadPoolExecutor() as pool:
+        names = list(segment.end)
+        found = pool.map(lambda name: hash_range(work / name, starts.get(name, 0), segment.end[name]), names)
+        return dict(zip(names, found, strict=True))
 
 
 def _manifest(home: Path) -> dict[str, Any] | None:
@@ -197,7 +221,7 @@ def _manifest(home: Path) -> dict[str, Any] | None:
         manifest = read_json(path)
     except ValueError as error:
         raise ValueError(f"{error}; remove {home} and start again") from error
-    kinds = {"version": str, "plan": str, "sources": dict, "finished": list}
+    kinds = {"version": str, "plan": str, "sources": dict, "finished": list, "hashes": dict}
     if not all(isinstance(manifest.get(key), kind) for key, kind in kinds.items()):
         raise ValueError(f"{path} is no manifest; remove {home} and start again")
     return manifest

@@ -115,12 +115,19 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def _facts(path: Path) -> FileFacts:
+    size = path.stat().st_size
+    return {"size": size, "xxh3_128": hash_range(path, 0, size)}
+
+
+def hash_range(path: Path, start: int, end: int) -> str:
+    """Return the XXH3 hash of the bytes of a file from `start` to `end`, or to the end of the file."""
     hasher, buffer = xxhash.xxh3_128(), memoryview(bytearray(BLOCK_BYTES))
     with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(buffer):
+        file.seek(start)
+        while start < end and (count := file.readinto(buffer[: min(BLOCK_BYTES, end - start)])):
             hasher.update(buffer[:count])
-        size = file.tell()
-    return {"size": size, "xxh3_128": hasher.hexdigest()}
+            start += count
+    return hasher.hexdigest()
 
 
 def _is_entry(item: tuple[str, Any]) -> bool:

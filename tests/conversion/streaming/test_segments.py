@@ -454,3 +454,22 @@ def test_disk_that_fills_up_on_the_way(num_bytes, small_disk, monkeypatch, tmp_p
     CONVERT(small_disk / "hf")
     CONVERT(tmp_path / "hf")
     assert read_folder(small_disk / "hf") == read_folder(tmp_path / "hf")
+
+
+@pytest.mark.parametrize("name", ["convert", "quantize", "export", "reshard"])
+def test_bit_that_flips_in_a_finished_part_is_noticed(name, runs, stop_after, tmp_path):
+    stop_after(2, Stop())
+    with pytest.raises(Stop):
+        runs[name](tmp_path / "out")
+    home = tmp_path / ".out.partial"
+    hashes = json.loads((home / "manifest.json").read_text())["hashes"]
+    assert len(hashes) == 2
+    for path in {home / "folder" / file for of_segment in hashes.values() for file in of_segment}:
+        content = bytearray(path.read_bytes())
+        content[900] ^= 1
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{path.name} is damaged: it has changed since .*--no-resume"):
+            runs[name](tmp_path / "out")
+        content[900] ^= 1
+        path.write_bytes(content)
+    runs[name](tmp_path / "out")
