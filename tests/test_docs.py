@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from glm_hf.cli import build_parser, main
+from glm_hf.cli import main
+from glm_hf.cli.parser import build_parser
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

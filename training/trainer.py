@@ -113,6 +113,8 @@ class GLMTrainer(CheckpointingTrainer):
                 f"samples share rows, in which {adapter.peft_type.value} has no place for a prompt of each; use "
                 "PREFIX_TUNING (P-tuning v2) or LORA"
             )
+        if self.is_fsdp_enabled:  # by the environment of a launcher
+            raise ValueError(f"GLMTrainer does not train under FSDP: {REFUSED['fsdp']}")
         if self.is_deepspeed_enabled and self.args.divergence_action == "skip":
             raise ValueError("DeepSpeed cannot leave out an update; set divergence_action to stop or lower_alpha")
         if self.args.data_seed is not None and isinstance(self.train_dataset, BlankInfillingDataset):

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from torch import distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers.trainer import SCHEDULER_NAME
@@ -106,6 +107,10 @@ class GLM3DTrainer(GLMTrainer):
         if getattr(config, "quantization_config", None) is not None:
             raise ValueError(f"{model} is quantized, whose weights cannot be trained; give the model that is not")
         self.parallel.require_fits(config)
+        if not dist.is_initialized():
+            raise ValueError(
+                f"a launcher must start the processes of 3D training: torchrun --nproc-per-node {args.world_size}"
+            )
         deepspeed_settings(args)  # which may be wrong
         start_deepspeed()
         pipeline = GLMPipeline(config, self.parallel, dtype_of(args))

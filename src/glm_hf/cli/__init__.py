@@ -85,7 +85,7 @@ def expected_errors() -> tuple[type[Exception], ...]:
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
-    return ValueError, OSError, StrictDataclassError, SafetensorError, MemoryError
+    return ValueError, OSError, StrictDataclassError, SafetensorError, MemoryError, ModuleNotFoundError
 
 
 def is_wrapper(error: Exception) -> bool:

@@ -8,6 +8,8 @@ import threading
 from pathlib import Path
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 from corpus import chinese, english, generate
 from sentencepiece import SentencePieceProcessor
@@ -17,7 +19,8 @@ from glm_hf import GLMConfig, GLMTokenizer
 from glm_hf.infilling_glm import prepare_context
 from glm_hf.training import CorpusSource, load_corpus
 from glm_hf.training.data import corpora
-from glm_hf.training.data.token_file import TokenFile
+from glm_hf.training.data.corpora import fingerprint
+from glm_hf.training.data.token_file import TokenFile, write_token_file
 
 TEXTS = generate([english, chinese], 20, seed=7)
 ROW_LENGTH = 64
@@ -407,3 +410,47 @@ def test_a_tokenizer_with_other_special_ids_is_refused(tmp_path, tokenizer, name
     setattr(config, f"{name}_token_id", 3)
     with pytest.raises(ValueError, match=f"{name}_token_id = .*, but the config has 3; use the tokenizer"):
         load_corpus(CorpusSource(str(tmp_path / "a.jsonl")), tokenizer, config, tmp_path / "cache", 64)
+
+
+def test_what_a_killed_tokenization_has_left_goes_with_the_next_one(tmp_path, tokenizer, config):
+    left = tmp_path / "cache" / ".text-0123456789abcdef.partial" / "folder"
+    left.mkdir(parents=True)
+    (left / "tokens.bin").write_bytes(b"half")
+    kept = tmp_path / "cache" / ".of-somebody.partial"
+    kept.mkdir()
+    (kept / "else").touch()
+    path = tmp_path / "text.jsonl"
+    path.write_text('{"text": "people"}\n')
+    load_corpus(CorpusSource(str(path)), tokenizer, config, tmp_path / "cache", 64)
+    assert not left.parent.exists()
+    assert kept.exists()
+
+
+@pytest.mark.parametrize("name", ["text.jsonl", "text.json", "text.jsonl.gz", "text.parquet"])
+def test_a_record_that_is_too_long_is_refused_in_little_memory(tmp_path, tokenizer, config, name):
+    texts = ["people", "time " * 400_000]
+    lines = "\n".join(json.dumps({"text": text}) for text in texts).encode()
+    path = tmp_path / name
+    if name.endswith(".parquet"):
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path)
+    else:
+        path.write_bytes(gzip.compress(lines) if name.endswith(".gz") else lines)
+    with pytest.raises(ValueError, match=r"(line|record) 2 of .* more than 1,000,000( bytes)?; split it, or raise"):
+        load_corpus(CorpusSource(str(path), max_record_size=10**6), tokenizer, config, tmp_path / "cache", 64)
+    assert load_corpus(CorpusSource(str(path)), tokenizer, config, tmp_path / "cache", 64).num_documents == 2
+
+
+def test_the_longest_record_is_no_part_of_what_a_corpus_is_known_by(tmp_path, tokenizer, config):
+    path = tmp_path / "text.jsonl"
+    path.write_text('{"text": "people"}\n')
+    for size in (10**6, 10**7):
+        load_corpus(CorpusSource(str(path), max_record_size=size), tokenizer, config, tmp_path / "cache", 64)
+    assert len([path for path in (tmp_path / "cache").iterdir() if path.is_dir()]) == 1
+
+
+def test_ids_beyond_the_vocabulary_are_refused_with_checksums_that_are_right(tmp_path, tokenizer, config):
+    facts = {"kind": "text", "source": "x", "tokenizer": fingerprint(tokenizer)}
+    for bad in (config.vocab_size, config.mask_token_id, config.sop_token_id):
+        write_token_file(tmp_path / "corpus", [[[30, bad, 40]]], facts, 1 << 17)
+        with pytest.raises(ValueError, match=rf"token 1 is {bad}, which has no place in a text"):
+            load_corpus(CorpusSource(str(tmp_path / "corpus")), tokenizer, config, tmp_path / "cache", 64)
