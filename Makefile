@@ -15,7 +15,7 @@ OLDEST_TESTS := tests/glm_hf/test_golden_*.py tests/glm_hf/test_*_glm.py tests/g
         tests/quantization tests/test_main_road.py
 
 .PHONY: install demo test test-oldest quality clean fuzz kill \
-        bench bench-startup bench-conversion bench-int4 bench-decode bench-data bench-train-step bench-training-memory
+        bench bench-startup bench-checkpoints bench-conversion bench-int4 bench-decode bench-data bench-train-step bench-training-memory
 
 install: $(INSTALLED)
 
@@ -79,6 +79,10 @@ bench-int4: $(INSTALLED)
 # Some minutes, 12 GB of memory and 6 GB of disk
 bench-decode: $(INSTALLED)
 	$(BIN)/python benchmarks/decode.py
+
+# Two minutes, 3 GB of disk
+bench-checkpoints: $(INSTALLED)
+	$(BIN)/python benchmarks/checkpoints.py
 
 bench-data: $(INSTALLED)
 	$(BIN)/python benchmarks/data.py

@@ -93,7 +93,6 @@ class CheckpointingTrainer(TokenLossTrainer):
         if missing or unexpected:
             name, state = (min(missing), "lacks") if missing else (unexpected[0], "has an unknown")
             raise ValueError(f"the checkpoint is of another model: it {state} {name}")
-        super()._issue_warnings_after_load(load_result)
 
     def _get_output_dir(self, trial: Any) -> str:
         """Return the output folder; while a checkpoint is written, a hidden folder in it."""
