@@ -138,6 +138,7 @@ def begin(arguments: Callable[[], list[str]], folder: Path) -> int:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return pid
     code = 99
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell ignores for what it runs behind
     logging.getLogger().handlers.clear()  # of pytest, which would keep warnings from stderr
     try:
         for descriptor, name in ((1, "stdout"), (2, "stderr")):

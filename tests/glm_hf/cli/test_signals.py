@@ -24,11 +24,18 @@ sys.exit(cli.run())
 """
 
 
+def heed_ctrl_c() -> None:
+    """Undo what a shell does to processes that it runs behind, and their children: they ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.skipif(not Path(COMMAND[0]).exists(), reason="the command is not installed")
 @pytest.mark.parametrize("number", SENTENCES, ids=lambda number: number.name)
 @pytest.mark.parametrize("seconds", [0.05, 0.15, 0.6, 1.5])
 def test_a_command_ends_with_a_sentence_from_its_start(number, seconds):
-    process = subprocess.Popen([*COMMAND, "fill"], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*COMMAND, "fill"], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c
+    )
     time.sleep(seconds)
     process.send_signal(number)
     assert process.wait(timeout=60) == 128 + number
@@ -46,6 +53,7 @@ def test_a_hanging_library_does_not_keep_it(number, hang):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=heed_ctrl_c,
     )
     assert process.stdout.readline() == "begun\n"
     process.send_signal(number)
