@@ -1,5 +1,6 @@
 """Configuration of the GLM-130B architecture; the defaults are GLM-130B's own sizes and special ids."""
 
+import math
 from dataclasses import field
 from typing import Any, ClassVar, Literal
 
@@ -122,8 +123,8 @@ class GLMConfig(PreTrainedConfig):
             if not 1 <= getattr(self, name) <= largest:
                 state = "at least 1" if getattr(self, name) < 1 else f"at most {largest}"
                 raise ValueError(f"{name} must be {state}, got {getattr(self, name)}")
-        if not 0 < self.layer_norm_eps < 1:
-            raise ValueError(f"layer_norm_eps must lie in (0, 1), got {self.layer_norm_eps}")
+        if not 0 < self.layer_norm_eps < math.inf:
+            raise ValueError(f"layer_norm_eps must be positive and finite, got {self.layer_norm_eps}")
         if self.hidden_size % (2 * self.num_attention_heads):
             raise ValueError(
                 f"hidden_size must be a multiple of 2 * num_attention_heads ({2 * self.num_attention_heads}) so that "
@@ -139,7 +140,7 @@ class GLMConfig(PreTrainedConfig):
         if rope_type not in STATIC_ROPE_TYPES:
             raise ValueError(f"rope_type must be one of {', '.join(STATIC_ROPE_TYPES)}, got {rope_type}")
         theta = rope.get("rope_theta", 10000.0)
-        if not isinstance(theta, (int, float)) or theta <= 0:
+        if not isinstance(theta, (int, float)) or not 0 < theta < math.inf:
             raise ValueError(f"rope_theta must be a positive number, got {theta!r}")
         if rope.get("partial_rotary_factor", 1.0) != 1.0:
             raise ValueError("partial_rotary_factor must be 1, since the whole head is rotated")
