@@ -44,9 +44,11 @@ def test_auto_map_is_there_and_saved_where_it_names_something(tmp_path):
     [
         ({"num_attention_heads": 7}, r"hidden_size must be a multiple of 2 \* num_attention_heads \(14\)"),
         ({"num_hidden_layers": 0}, "num_hidden_layers must be at least 1, got 0"),
+        ({"layer_norm_eps": 0.0}, "layer_norm_eps must be positive and finite, got 0.0"),
         ({"layer_norm_eps": float("nan")}, "layer_norm_eps must be positive and finite, got nan"),
         ({"layer_norm_eps": float("inf")}, "layer_norm_eps must be positive and finite, got inf"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": float("inf")}}, "rope_theta must be a positive"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 0.0}}, "rope_theta must be a positive"),
         ({"vocab_size": 1000}, "eos_token_id must lie inside the vocabulary .0 to 999., got 20002"),
         ({"mask_token_id": 150001}, "must differ"),
         ({"rope_dtype": "bfloat16"}, "rope_dtype"),
