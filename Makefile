@@ -20,7 +20,7 @@ OLDEST_TESTS := tests/glm_hf/test_golden_*.py tests/glm_hf/test_*_glm.py tests/g
 install: $(INSTALLED)
 
 # torch goes first and by its pin, since a bare requirement may bring another build. Wheels are preferred to sources.
-$(INSTALLED): setup.cfg setup.py pyproject.toml constraints.txt $(wildcard quantization/kernels_cpu*.[ch])
+$(INSTALLED): setup.cfg setup.py pyproject.toml constraints.txt $(wildcard quantization/cpu/*.[ch])
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "glm_hf needs Python 3.11 or newer")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
@@ -40,7 +40,7 @@ test: $(INSTALLED)
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/pytest -n $(WORKERS) --dist loadfile $(OLDEST_TESTS)
 
-$(OLDEST)/.installed: setup.cfg setup.py pyproject.toml constraints-oldest.txt $(wildcard quantization/kernels_cpu*.[ch])
+$(OLDEST)/.installed: setup.cfg setup.py pyproject.toml constraints-oldest.txt $(wildcard quantization/cpu/*.[ch])
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check \
 	    $(shell grep '^torch==' constraints-oldest.txt)
@@ -76,9 +76,9 @@ bench-conversion: $(INSTALLED)
 bench-int4: $(INSTALLED)
 	$(BIN)/python benchmarks/int4_linear.py $(if $(GGML),--ggml $(GGML))
 
-# Some minutes, 12 GB of memory and 6 GB of disk
+# Some minutes, 12 GB of memory and 7 GB of disk. Peer: llama.cpp by LLAMA=folder of its programs
 bench-decode: $(INSTALLED)
-	$(BIN)/python benchmarks/decode.py
+	$(BIN)/python benchmarks/decode.py $(if $(LLAMA),--llama $(LLAMA))
 
 # Two minutes, 3 GB of disk
 bench-checkpoints: $(INSTALLED)

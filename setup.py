@@ -4,13 +4,14 @@ They include no header of Python or torch, so one build serves all versions of b
 """
 
 import sys
+from glob import glob
 
 from setuptools import Extension, setup
 
 kernels_cpu = Extension(
     "glm_hf.quantization._kernels_cpu",
-    sources=["src/glm_hf/quantization/kernels_cpu.c"],
-    depends=["src/glm_hf/quantization/kernels_cpu.h", "src/glm_hf/quantization/kernels_cpu_numbers.h"],
+    sources=["src/glm_hf/quantization/cpu/kernels.c"],
+    depends=glob("src/glm_hf/quantization/cpu/*.h"),
     extra_compile_args=["-O3", "-fvisibility=hidden"],
     py_limited_api=True,
     optional=True,

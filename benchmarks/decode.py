@@ -1,8 +1,11 @@
-"""Tokens per second and peak memory of generation with INT4, INT8 and bf16 weights, on a model too big for the caches.
+"""Tokens per second of whole models with INT4, INT8 and bf16 weights, beside llama.cpp and a plain read of the weights.
 
-Every model lives in a process of its own, loaded from a folder; the processes take turns to generate, so that the rest
-of the machine disturbs all alike. Memory is the peak of resident memory, the interpreter's own included.
-Run: make bench-decode (some minutes, 12 GB of memory and 6 GB of disk)
+Every model lives in a process of its own, loaded from a folder; all take turns, so that the rest of the machine disturbs
+them alike, and every figure is a median over the rounds. Columns: `decode 1, 8, 32` tokens that `generate` adds to as
+many texts at once, per second; `prefill` tokens of a text of 512 that are read per second; each by 1 and 2 threads.
+`read` adds up as many bytes as the INT4 model with an INT8 LM head has, once for every token: the limit of `decode 1`.
+`int4` has a bf16 LM head, `int4+head` one of INT8, as llama.cpp's Q4_0 model has here; all linears have biases.
+Run: make bench-decode LLAMA=folder of llama-bench (some minutes, 12 GB of memory and 7 GB of disk)
 """
 
 import argparse
@@ -11,19 +14,30 @@ import platform
 import re
 import statistics
 import tempfile
+import time
+from collections.abc import Callable
 from datetime import date
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
 from forward import Stopwatch
+from llama_peer import tokens_per_second, write_gguf
 
 from glm_hf import GLMConfig, GLMForBlankInfilling, GLMQuantizationConfig
 
 HIDDEN, INNER, HEADS, VOCAB = 2048, 5504, 16, 32768
 SPECIAL = ("eos", "mask", "gmask", "smask", "eod", "sop", "eop")
-PROMPT, NEW_TOKENS = 64, 17
-KINDS = {"bf16": None, "int8": 8, "int4": 4}
+KINDS = {
+    "bf16": None,
+    "int8": GLMQuantizationConfig(bits=8),
+    "int4": GLMQuantizationConfig(bits=4),
+    "int4+head": GLMQuantizationConfig(bits=4, quantize_embeddings=True),
+}
+MEASURES = {"decode 1": (1, 64, 16), "decode 8": (8, 16, 8), "decode 32": (32, 16, 8), "prefill": (1, 512, 0)}
+"""Rows of the batch, tokens of each text, tokens to generate."""
+
+PEER = "llama.cpp"
 
 
 def write_models(folder: Path, num_layers: int) -> None:
@@ -34,61 +48,123 @@ def write_models(folder: Path, num_layers: int) -> None:
     model = GLMForBlankInfilling(GLMConfig(num_hidden_layers=num_layers, **sizes, **special))
     model.generation_config.eos_token_id = None
     model.save_pretrained(folder / "bf16")
-    for kind, bits in KINDS.items():
-        if bits:
-            config = GLMQuantizationConfig(bits=bits)
+    for kind, config in KINDS.items():
+        if config:
             model = GLMForBlankInfilling.from_pretrained(folder / "bf16", quantization_config=config)
             model.save_pretrained(folder / kind)
 
 
-def serve(folder: Path, threads: int, pipe: Connection) -> None:
-    """Answer each request with the median seconds per generated token, and the last with the peak of memory."""
-    torch.set_num_threads(threads)
+def measure(model: GLMForBlankInfilling, batch: int, prompt: int, new: int) -> float:
+    """Return the tokens per second of one run."""
+    input_ids = torch.arange(1, prompt + 1).repeat(batch, 1)
+    input_ids[:, -2:] = torch.tensor([model.config.gmask_token_id, model.config.sop_token_id])
+    if not new:
+        start = time.perf_counter()
+        with torch.no_grad():
+            model(input_ids, logits_to_keep=1, use_cache=True)
+        return prompt / (time.perf_counter() - start)
+    watch = Stopwatch()
+    inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+    model.generate(**inputs, max_new_tokens=new + 1, do_sample=False, stopping_criteria=[watch])
+    return batch / statistics.median(b - a for a, b in zip(watch.times, watch.times[1:], strict=False))
+
+
+def serve(folder: Path, pipe: Connection) -> None:
+    """Tell the bytes of the weights, answer requests with tokens per second, and the last with the peak of memory."""
     model = GLMForBlankInfilling.from_pretrained(folder, dtype=torch.bfloat16)
-    input_ids = torch.arange(1, PROMPT + 1)[None]
-    input_ids[0, -2:] = torch.tensor([model.config.gmask_token_id, model.config.sop_token_id])
-    pipe.send(sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()))
-    while pipe.recv():
-        watch = Stopwatch()
-        inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
-        model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, stopping_criteria=[watch])
-        pipe.send(statistics.median(b - a for a, b in zip(watch.times, watch.times[1:], strict=False)))
+    pipe.send(sum(parameter.nelement() * parameter.element_size() for parameter in model.parameters()))
+    while request := pipe.recv():
+        name, threads = request
+        torch.set_num_threads(threads)
+        pipe.send(measure(model, *MEASURES[name]))
     [peak] = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     pipe.send(int(peak) * 1024)
 
 
+def reads_per_second(data: torch.Tensor, threads: int) -> float:
+    """Return how often per second all of `data` can be added up."""
+    torch.set_num_threads(threads)
+    start = time.perf_counter()
+    data.sum()
+    return 1 / (time.perf_counter() - start)
+
+
 def compare(folder: Path, options: argparse.Namespace) -> None:
-    """Print one row per kind of weights."""
+    """Print a table with one row per kind of weights, and what it says of INT4."""
     context = multiprocessing.get_context("spawn")
     pipes, weights = {}, {}
-    for kind in KINDS:
+    for kind in options.kinds:
         pipes[kind], other = context.Pipe()
-        context.Process(target=serve, args=(folder / kind, options.threads, other)).start()
+        context.Process(target=serve, args=(folder / kind, other)).start()
         weights[kind] = pipes[kind].recv()
-    times: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    for _ in range(options.rounds + 1):
-        for kind, pipe in pipes.items():
-            pipe.send(True)
-            times[kind].append(pipe.recv())
-    print(f"{'':<6} {'tokens/s':>9} {'to bf16':>8} {'weights GB':>11} {'peak GB':>8}")
-    for kind, pipe in pipes.items():
-        pipe.send(False)
-        ratio = statistics.median(dense / own for dense, own in zip(times["bf16"][1:], times[kind][1:], strict=True))
-        rate = 1 / statistics.median(times[kind][1:])
-        print(f"{kind:<6} {rate:>9.2f} {ratio:>8.2f} {weights[kind] / 1e9:>11.2f} {pipe.recv() / 1e9:>8.2f}")
+    data = torch.ones(weights[options.kinds[-1]] // 8, dtype=torch.int64)
+
+    def ask(kind: str) -> Callable[[str, int], float]:
+        def answer(name: str, threads: int) -> float:
+            pipes[kind].send((name, threads))
+            return pipes[kind].recv()
+
+        return answer
+
+    run: dict[str, Callable[[str, int], float]] = {kind: ask(kind) for kind in options.kinds}
+    if options.llama:
+        run[PEER] = lambda name, threads: tokens_per_second(
+            options.llama, folder / "model.gguf", *MEASURES[name], threads
+        )
+    columns = [(name, threads) for name in options.measures for threads in options.threads]
+    rates: dict[tuple, dict[str, list[float]]] = {}
+    for name, threads in columns:
+        found: dict[str, list[float]] = {kind: [] for kind in (*run, "read")}
+        for _ in range(options.rounds + 1):
+            for kind, function in run.items():
+                found[kind].append(function(name, threads))
+            if name == "decode 1":
+                found["read"].append(reads_per_second(data, threads))
+        rates[name, threads] = {kind: values[1:] for kind, values in found.items()}
+    print(f"{'':<10}" + "".join(f" {f'{name} x{threads}':>13}" for name, threads in columns) + "  weights   peak GB")
+    for kind in (*run, "read"):
+        cells = [f"{statistics.median(found[kind]):.1f}" if found[kind] else "" for found in rates.values()]
+        sizes = ""
+        if kind in pipes:
+            pipes[kind].send(None)
+            sizes = f"{weights[kind] / 1e9:>9.2f} {pipes[kind].recv() / 1e9:>9.2f}"
+        print(f"{kind:<10}" + "".join(f" {cell:>13}" for cell in cells) + sizes)
+    ours = options.kinds[-1]
+    for peer in (PEER, "read"):
+        if peer == "read" or options.llama:
+            cells = [quotient(found[ours], found[peer]) for found in rates.values()]
+            print(f"{ours} / {peer}:".ljust(10) + "".join(f" {cell:>13}" for cell in cells))
+
+
+def quotient(ours: list[float], theirs: list[float]) -> str:
+    """Return the median quotient of figures of the same rounds."""
+    return f"{statistics.median(own / other for own, other in zip(ours, theirs, strict=True)):.2f}" if theirs else ""
+
+
+def processor() -> str:
+    """Return the name of the processor and its instruction sets that matter here."""
+    text = Path("/proc/cpuinfo").read_text()
+    [name, *_] = re.findall(r"model name\s*: (.*)", text) or [platform.machine()]
+    sets = [name for name in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16") if f" {name}" in text]
+    return f"{name} ({', '.join(sets)})"
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--measures", nargs="+", choices=MEASURES, default=list(MEASURES))
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="the last is compared")
+    parser.add_argument("--llama", type=Path, help="folder of llama-bench, llama-batched-bench and their libraries")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         writer = multiprocessing.get_context("spawn").Process(target=write_models, args=(Path(folder), options.layers))
         writer.start()
         writer.join()
+        if options.llama:
+            write_gguf(Path(folder, "model.gguf"), HIDDEN, INNER, HEADS, VOCAB, options.layers)
         num_parameters = options.layers * (4 * HIDDEN**2 + 3 * HIDDEN * INNER) + VOCAB * HIDDEN
-        about = f"{num_parameters / 1e9:.2f} B parameters, {options.threads} threads, median of {options.rounds}"
-        print(f"{date.today()}, {platform.machine()}, torch {torch.__version__}: {about}")
+        print(f"{date.today()}, {processor()}, torch {torch.__version__}: ", end="")
+        print(f"{num_parameters / 1e9:.2f} B parameters, tokens/s, median of {options.rounds}")
         compare(Path(folder), options)

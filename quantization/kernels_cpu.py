@@ -1,4 +1,4 @@
-"""Quantized linear layers on CPUs: the C kernels of kernels_cpu.c, and torch's own where they were not built.
+"""Quantized linear layers on CPUs: the C kernels of cpu/kernels.c, and torch's own where they were not built.
 
 Shapes: `M` tokens, `N` output features, `K` input features, `G` groups of a row. Layout of weights: functional.py.
 """
@@ -17,10 +17,41 @@ from glm_hf.quantization.functional import dequantize_rows, quantized_linear_ref
 
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 MANY_TOKENS = 32  # from here on, bf16 matrix products of the vendor's library pay for decoding the weight
+VERY_MANY_TOKENS = 128  # from here on, so do those of fp32, where there is no AVX-512
 DECODED_BYTES = 24 * 2**20  # of a weight at once: fits into a level 3 cache
 PACKABLE_GROUPS = (256, 128, 64, 32)
+AVX2 = 1
 
 logger = logging.getLogger(__name__)
+
+POINTER: Any = ctypes.c_void_p
+SIZE: Any = ctypes.c_int64
+NUMBER: Any = ctypes.c_int32
+FLOAT: Any = ctypes.c_float
+
+
+class Linear(ctypes.Structure):
+    """`struct linear` of cpu/jobs.h."""
+
+    _fields_ = [
+        *((name, POINTER) for name in ("weight", "weight_scale", "bias")),
+        *((name, SIZE) for name in ("num_rows", "num_columns", "num_groups")),
+        *((name, NUMBER) for name in ("bits", "bias_dtype")),
+    ]
+
+
+class Layer(ctypes.Structure):
+    """`struct layer` of cpu/jobs.h."""
+
+    _fields_ = [
+        *((name, Linear) for name in ("query_key_value", "dense", "up", "down")),
+        *((name, POINTER * 2) for name in ("norm_weights", "norm_biases")),
+        *((name, POINTER) for name in ("x", "cos", "signed_sin", "out", "keys", "values", "mask")),
+        *((name, SIZE) for name in ("row_stride", "head_stride", "mask_stride")),
+        *((name, SIZE) for name in ("num_tokens", "num_heads", "head_size", "length")),
+        *(("eps", FLOAT * 2), ("alpha", FLOAT), ("scaling", FLOAT)),
+        *((name, NUMBER) for name in ("dtype", "norm_dtype", "level", "num_threads")),
+    ]
 
 
 class KernelLibrary:
@@ -37,17 +68,15 @@ class KernelLibrary:
 
     def __init__(self, path: str) -> None:
         library = ctypes.CDLL(path)
-        number: Any = ctypes.c_int
-        size: Any = ctypes.c_int64
-        pointer: Any = ctypes.c_void_p
+        linear: Any = ctypes.POINTER(Linear)
         self._linear = library.glm_quantized_linear
-        self._linear.argtypes = (
-            [pointer, number, size, pointer, pointer, pointer, number, pointer] + [size] * 4 + [number] * 3 + [pointer]
-        )
+        self._linear.argtypes = [linear, POINTER, NUMBER, POINTER, SIZE, NUMBER, NUMBER, POINTER]
         self._decode = library.glm_decode
-        self._decode.argtypes = [pointer] * 3 + [size] * 3 + [number] * 2 + [pointer]
+        self._decode.argtypes = [linear, POINTER, NUMBER, NUMBER, POINTER]
         self._decode.restype = None
-        self._parallel_for = ctypes.cast(ctypes.CDLL(torch._C.__file__).torch_parallel_for, pointer)
+        self._decode_layer = library.glm_decode_layer
+        self._decode_layer.argtypes = [ctypes.POINTER(Layer), POINTER]
+        self._parallel_for = ctypes.cast(ctypes.CDLL(torch._C.__file__).torch_parallel_for, POINTER)
         self.level = library.glm_best_level()
         self.multiplies_bfloat16 = bool(library.glm_multiplies_bfloat16())
 
@@ -62,31 +91,40 @@ class KernelLibrary:
     ) -> Tensor:
         """Return `(M, N)` in the dtype of `x` `(M, K)`; all contiguous, and groups a multiple of 64 features."""
         require_fp16_scale(weight, weight_scale, bits)
-        (num_tokens, num_columns), num_rows = x.shape, len(weight)
-        out = x.new_empty(num_tokens, num_rows)
+        out = x.new_empty(len(x), len(weight))
         is_done = self._linear(
-            *(x.data_ptr(), DTYPE_CODES[x.dtype], num_columns, weight.data_ptr(), weight_scale.data_ptr()),
-            *((None, 0) if bias is None else (bias.data_ptr(), DTYPE_CODES[bias.dtype])),
-            *(out.data_ptr(), num_tokens, num_rows, num_columns, weight_scale.shape[1], bits),
-            *(self.level if level is None else level, torch.get_num_threads(), self._parallel_for),
+            *(linear_arguments(weight, weight_scale, bits, bias), x.data_ptr(), DTYPE_CODES[x.dtype], out.data_ptr()),
+            *(len(x), self.level if level is None else level, torch.get_num_threads(), self._parallel_for),
         )
         if not is_done:
-            raise MemoryError(f"no memory for {num_tokens} x {num_columns} rounded activations")
+            raise MemoryError(f"no memory for {len(x)} x {x.shape[1]} rounded activations")
         return out
 
     def decode(
         self, weight: Tensor, weight_scale: Tensor, bits: int, level: int | None = None, out: Tensor | None = None
     ) -> Tensor:
-        """Return the bf16 matrix `(N, K)` of codes times scales; all contiguous, as is `out` if it is given."""
+        """Return the matrix `(N, K)` of codes times scales, bf16 or as `out`, fp32 or bf16; all contiguous."""
         require_fp16_scale(weight, weight_scale, bits)
-        num_rows, num_columns = len(weight), weight.shape[1] * 8 // bits
         if out is None:
-            out = torch.empty(num_rows, num_columns, dtype=torch.bfloat16)
-        self._decode(
-            *(weight.data_ptr(), weight_scale.data_ptr(), out.data_ptr(), num_rows, num_columns),
-            *(weight_scale.shape[1], bits, self.level if level is None else level, self._parallel_for),
-        )
+            out = torch.empty(len(weight), weight.shape[1] * 8 // bits, dtype=torch.bfloat16)
+        arguments = linear_arguments(weight, weight_scale, bits, None)
+        level = self.level if level is None else level
+        self._decode(arguments, out.data_ptr(), DTYPE_CODES[out.dtype], level, self._parallel_for)
         return out
+
+    def decode_layer(self, layer: Layer) -> None:
+        """Compute one new token of each row through a layer of the model, and write it, its key and its value."""
+        if not self._decode_layer(layer, self._parallel_for):
+            raise MemoryError(f"no memory for {layer.num_tokens} tokens in a layer of the model")
+
+
+def linear_arguments(weight: Tensor, weight_scale: Tensor, bits: int, bias: Tensor | None) -> Linear:
+    """Return where a quantized linear layer lies, for the C kernels."""
+    return Linear(
+        *(weight.data_ptr(), weight_scale.data_ptr(), None if bias is None else bias.data_ptr()),
+        *(weight.shape[0], weight.shape[1] * 8 // bits, weight_scale.shape[1], bits),
+        0 if bias is None else DTYPE_CODES[bias.dtype],
+    )
 
 
 def require_fp16_scale(weight: Tensor, weight_scale: Tensor, bits: int) -> None:
@@ -119,7 +157,10 @@ def quantized_linear_cpu(
     num_groups = weight_scale.shape[1]
     group_size = tokens.shape[1] // num_groups
     is_bf16, many = x.dtype == torch.bfloat16, len(tokens) >= MANY_TOKENS
-    if library is not None and is_bf16 and many and library.multiplies_bfloat16:
+    is_decoded = is_bf16 and many and library is not None and library.multiplies_bfloat16
+    if x.dtype == torch.float32 and len(tokens) >= VERY_MANY_TOKENS and library is not None:
+        is_decoded = library.level <= AVX2
+    if library is not None and is_decoded:
         out = linear_by_decoding(library, tokens, weight, weight_scale, bits, bias)
     elif library is not None and x.dtype in DTYPE_CODES and (num_groups == 1 or group_size % 64 == 0):
         bias = bias if bias is None or bias.dtype in DTYPE_CODES else bias.float()
@@ -134,10 +175,10 @@ def quantized_linear_cpu(
 def linear_by_decoding(
     library: KernelLibrary, x: Tensor, weight: Tensor, weight_scale: Tensor, bits: int, bias: Tensor | None
 ) -> Tensor:
-    """Return `(M, N)` of bf16 `x` `(M, K)`: decode some rows of the weight to bf16, multiply, take the next."""
+    """Return `(M, N)` of `x` `(M, K)`, bf16 or fp32: decode some rows of the weight, multiply, take the next."""
     out = x.new_empty(len(x), len(weight))
     bias = None if bias is None else bias.to(x.dtype)
-    step = rows_at_once(x.shape[1])
+    step = rows_at_once(x.shape[1], x.dtype)
     buffer = x.new_empty(min(step, len(weight)), x.shape[1])  # used again and again, since new memory is slow at first
     for start in range(0, len(weight), step):
         rows = slice(start, start + step)
@@ -149,18 +190,23 @@ def linear_by_decoding(
 def decoded_rows(weight: Tensor, weight_scale: Tensor, bits: int, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
     """Yield (index of the first row, some rows of the matrix `(N, K)`), in bf16 for that dtype and otherwise fp32."""
     library = kernel_library()
-    if library is None or dtype != torch.bfloat16 or not library.multiplies_bfloat16:
+    if library is None:
         yield from dequantize_rows(weight, weight_scale, bits)
         return
+    is_bf16 = dtype == torch.bfloat16 and library.multiplies_bfloat16
     weight, weight_scale = weight.contiguous(), weight_scale.contiguous()
-    step = rows_at_once(weight.shape[1] * 8 // bits)
+    buffer_dtype = torch.bfloat16 if is_bf16 else torch.float32
+    num_columns = weight.shape[1] * 8 // bits
+    step = rows_at_once(num_columns, buffer_dtype)
     for start in range(0, len(weight), step):
-        yield start, library.decode(weight[start : start + step], weight_scale[start : start + step], bits)
+        rows = slice(start, start + step)
+        out = torch.empty(len(weight[rows]), num_columns, dtype=buffer_dtype)
+        yield start, library.decode(weight[rows], weight_scale[rows], bits, out=out)
 
 
-def rows_at_once(num_columns: int) -> int:
+def rows_at_once(num_columns: int, dtype: torch.dtype) -> int:
     """Return how many rows of a weight to decode at once."""
-    return max(64, DECODED_BYTES // (2 * num_columns) // 64 * 64)
+    return max(64, DECODED_BYTES // (dtype.itemsize * num_columns) // 64 * 64)
 
 
 def linear_by_torch(x: Tensor, weight: Tensor, weight_scale: Tensor, bits: int, bias: Tensor | None) -> Tensor:

@@ -14,9 +14,11 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 
+from glm_hf.modeling_glm import GLMLayer
 from glm_hf.quantization.configuration import QUANT_METHOD, GLMQuantizationConfig
 from glm_hf.quantization.embedding import QuantizedEmbedding
 from glm_hf.quantization.functional import EMBEDDING_BITS, absmax_of_groups, dequantize_rows, quantize_by_absmax
+from glm_hf.quantization.fused_step import fused_step
 from glm_hf.quantization.linear import QuantizedLinear
 from glm_hf.quantization.stored_parameter import StoredParameter
 from glm_hf.sharding.rules import ROW_PARALLEL
@@ -90,6 +92,8 @@ class GLMQuantizer(HfQuantizer):
                     shapes = f"{module.scale_shape}, got {tuple(module.weight_scale.shape)}"
                     raise ValueError(f"{name}.weight_scale must be {shapes}; make the folder again")
                 module.protect(known)
+            elif isinstance(module, GLMLayer):
+                module.fused_step = fused_step
         # By this mark, of whichever method, PEFT's helper for k-bit training knows that layers are to be checkpointed.
         model.hqq_quantized = True
 
@@ -112,6 +116,9 @@ class GLMQuantizer(HfQuantizer):
             if codes not in dense:
                 dense[codes] = dequantized_parameter(module, dtype or module.weight_scale.dtype)
             model.set_submodule(name, dense_layer(module, dense[codes]))
+        for module in model.modules():
+            if isinstance(module, GLMLayer):
+                module.fused_step = None
         untie_scales(model)
         model.hqq_quantized = False
         return model

@@ -26,7 +26,7 @@ ORDER = (
     ("folders", "sharding"),
     ("model", "deprecated"),
 )
-MOST_FILES = 12
+MOST_FILES = 13  # about a dozen
 MOST_LINES = 400
 LONGEST = {"modeling_glm.py": 600}
 # Files of what cannot be defined without an optional package; they are imported where they are used.

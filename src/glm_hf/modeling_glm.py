@@ -31,6 +31,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .cache_glm import keep_room
 from .configuration_glm import GLMConfig
 from .filling_glm import BlankGenerationMixin
 from .infilling_glm import masked_lm_layout
@@ -151,7 +152,15 @@ class GLMMLP(nn.Module):
 
 
 class GLMLayer(GradientCheckpointingLayer):
-    """One DeepNorm layer."""
+    """
+    One DeepNorm layer.
+
+    Attributes:
+        fused_step: What computes one new token of every row at once and returns its states, or None where it cannot;
+            set by those who replace the layer's linears by others. Takes the layer and the arguments of `forward`.
+    """
+
+    fused_step: Callable[..., torch.Tensor | None] | None = None
 
     def __init__(self, config: GLMConfig, layer_idx: int) -> None:
         super().__init__()
@@ -189,6 +198,12 @@ class GLMLayer(GradientCheckpointingLayer):
         Returns:
             `(B, L, D)`, or `(B, L - context_length, D)` without the context.
         """
+        if self.fused_step is not None and hidden_states.shape[1] == 1 and not torch.compiler.is_compiling():
+            output = self.fused_step(
+                self, hidden_states, past_key_values, attention_mask, position_embeddings, context_length, **kwargs
+            )
+            if output is not None:
+                return output
         normed = self.input_layernorm(hidden_states)
         output, _ = self.attention(
             normed, attention_mask, position_embeddings, past_key_values, context_length, drops_context, **kwargs
@@ -371,6 +386,7 @@ class GLMModel(GLMPreTrainedModel):
             inputs_embeds = shrink_gradient(inputs_embeds, self.config.embedding_gradient_shrink)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        keep_room(past_key_values)
 
         attention = infilling_attention(
             self.config, input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, segment_ids
