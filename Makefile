@@ -15,7 +15,7 @@ OLDEST_TESTS := tests/glm_hf/test_golden_*.py tests/glm_hf/test_*_glm.py tests/g
         tests/quantization tests/test_main_road.py
 
 .PHONY: install demo test test-oldest quality clean fuzz kill \
-        bench bench-startup bench-checkpoints bench-conversion bench-int4 bench-decode bench-data bench-train-step bench-training-memory
+        bench bench-startup bench-checkpoints bench-conversion bench-int4 bench-bias bench-decode bench-data bench-train-step bench-training-memory
 
 install: $(INSTALLED)
 
@@ -75,6 +75,10 @@ bench-conversion: $(INSTALLED)
 # Ten minutes. Peers: `pip install bitsandbytes`, and llama.cpp's libraries by GGML=folder
 bench-int4: $(INSTALLED)
 	$(BIN)/python benchmarks/int4_linear.py $(if $(GGML),--ggml $(GGML))
+
+# Ten minutes
+bench-bias: $(INSTALLED)
+	$(BIN)/python benchmarks/linear_bias.py
 
 # Some minutes, 12 GB of memory and 7 GB of disk. Peer: llama.cpp by LLAMA=folder of its programs
 bench-decode: $(INSTALLED)

@@ -1,15 +1,16 @@
-"""Tokens per second of whole models with INT4, INT8 and bf16 weights, beside llama.cpp and a plain read of the weights.
+"""Tokens per second of whole models with INT4, INT8 and bf16 weights, beside llama.cpp and a plain read of weights.
 
-Every model lives in a process of its own, loaded from a folder; all take turns, so that the rest of the machine disturbs
-them alike, and every figure is a median over the rounds. Columns: `decode 1, 8, 32` tokens that `generate` adds to as
-many texts at once, per second; `prefill` tokens of a text of 512 that are read per second; each by 1 and 2 threads.
-`read` adds up as many bytes as the INT4 model with an INT8 LM head has, once for every token: the limit of `decode 1`.
-`int4` has a bf16 LM head, `int4+head` one of INT8, as llama.cpp's Q4_0 model has here; all linears have biases.
+Every model lives in a process of its own, loaded from a folder; all take turns, so that the rest of the machine
+disturbs them alike, and every figure is a median over the rounds. Columns: `decode 1, 8, 32` tokens that `generate`
+adds to as many texts at once, per second; `prefill` tokens of a text of 512 that are read per second; each by 1 and 2
+threads. `read` adds up as many bytes as the last model has, once for every token: the limit of `decode 1`. `int4` has
+a bf16 LM head, `int4+head` one of INT8, as llama.cpp's Q4_0 model has here; all linears have biases.
 Run: make bench-decode LLAMA=folder of llama-bench (some minutes, 12 GB of memory and 7 GB of disk)
 """
 
 import argparse
 import multiprocessing
+import os
 import platform
 import re
 import statistics
@@ -25,6 +26,7 @@ from forward import Stopwatch
 from llama_peer import tokens_per_second, write_gguf
 
 from glm_hf import GLMConfig, GLMForBlankInfilling, GLMQuantizationConfig
+from glm_hf.quantization.kernels_cpu import kernel_library
 
 HIDDEN, INNER, HEADS, VOCAB = 2048, 5504, 16, 32768
 SPECIAL = ("eos", "mask", "gmask", "smask", "eod", "sop", "eop")
@@ -69,8 +71,11 @@ def measure(model: GLMForBlankInfilling, batch: int, prompt: int, new: int) -> f
     return batch / statistics.median(b - a for a, b in zip(watch.times, watch.times[1:], strict=False))
 
 
-def serve(folder: Path, pipe: Connection) -> None:
+def serve(folder: Path, only_avx2: bool, pipe: Connection) -> None:
     """Tell the bytes of the weights, answer requests with tokens per second, and the last with the peak of memory."""
+    library = kernel_library()
+    if only_avx2 and library is not None:
+        library.level, library.multiplies_bfloat16 = 1, False
     model = GLMForBlankInfilling.from_pretrained(folder, dtype=torch.bfloat16)
     pipe.send(sum(parameter.nelement() * parameter.element_size() for parameter in model.parameters()))
     while request := pipe.recv():
@@ -95,7 +100,7 @@ def compare(folder: Path, options: argparse.Namespace) -> None:
     pipes, weights = {}, {}
     for kind in options.kinds:
         pipes[kind], other = context.Pipe()
-        context.Process(target=serve, args=(folder / kind, other)).start()
+        context.Process(target=serve, args=(folder / kind, options.avx2, other)).start()
         weights[kind] = pipes[kind].recv()
     data = torch.ones(weights[options.kinds[-1]] // 8, dtype=torch.int64)
 
@@ -157,7 +162,12 @@ if __name__ == "__main__":
     parser.add_argument("--measures", nargs="+", choices=MEASURES, default=list(MEASURES))
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="the last is compared")
     parser.add_argument("--llama", type=Path, help="folder of llama-bench, llama-batched-bench and their libraries")
+    parser.add_argument(
+        "--avx2", action="store_true", help="use no wider instructions; llama.cpp must be built so, too"
+    )
     options = parser.parse_args()
+    if options.avx2:
+        os.environ |= {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}  # for the processes to come
     with tempfile.TemporaryDirectory() as folder:
         writer = multiprocessing.get_context("spawn").Process(target=write_models, args=(Path(folder), options.layers))
         writer.start()
@@ -165,6 +175,6 @@ if __name__ == "__main__":
         if options.llama:
             write_gguf(Path(folder, "model.gguf"), HIDDEN, INNER, HEADS, VOCAB, options.layers)
         num_parameters = options.layers * (4 * HIDDEN**2 + 3 * HIDDEN * INNER) + VOCAB * HIDDEN
-        print(f"{date.today()}, {processor()}, torch {torch.__version__}: ", end="")
+        print(f"{date.today()}, {processor()}{', AVX2 only' * options.avx2}, torch {torch.__version__}: ", end="")
         print(f"{num_parameters / 1e9:.2f} B parameters, tokens/s, median of {options.rounds}")
         compare(Path(folder), options)

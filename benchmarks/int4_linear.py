@@ -3,7 +3,8 @@
 Columns: time, stored bytes per second, time over ours (above 1: ours is faster), and the largest error against the
 fp32 product of the same activations with the dequantized weight, over the largest output. `read` adds up the bytes of
 our weight. Peers take turns; times are medians over the rounds. bitsandbytes and ggml hold other codes than symmetric
-INT4, so their errors are not told; they appear where they are installed (`--ggml`: the folder of its libraries).
+INT4, so their errors are not told; they appear where they are installed (`--ggml`: the folder of its libraries). As
+all linears of GLM, ours, the dense one and bitsandbytes' add a bias; torch's and ggml's for quantized weights cannot.
 Run: make bench-int4
 """
 
@@ -61,14 +62,15 @@ def peers_of(piece: torch.Tensor, copies: int, bits: int, ggml: Path | None) -> 
     codes, scale = quantize_weight(piece, bits=bits)
     weight, scales = codes.repeat(copies, 1), scale.repeat(copies, 1)
     num_bytes = weight.nbytes
+    bias = torch.zeros(len(weight), dtype=torch.bfloat16)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         name = f"ours, {str(dtype).removeprefix('torch.')}"
-        yield Peer(name, num_bytes, lambda x: quantized_linear(x, weight, scales, bits), dtype, True)
+        yield Peer(name, num_bytes, lambda x: quantized_linear(x, weight, scales, bits, bias), dtype, True)
     flat = weight.view(torch.float32)
     yield Peer("read", num_bytes, lambda x: flat.sum())
     yield from torch_peers(codes, scale, copies, bits)
     dense = dequantize_weight(codes, scale, bits).bfloat16().repeat(copies, 1)
-    yield Peer("dense bf16", dense.nbytes, lambda x: torch.nn.functional.linear(x, dense))
+    yield Peer("dense bf16", dense.nbytes, lambda x: torch.nn.functional.linear(x, dense, bias))
     if bits == 4:
         yield from bitsandbytes_peers(piece, copies)
         yield from ggml_peers(piece, copies, ggml)
@@ -95,6 +97,7 @@ def bitsandbytes_peers(piece: torch.Tensor, copies: int) -> Iterator[Peer]:
         from bitsandbytes import functional, matmul_4bit
     except ImportError:
         return
+    bias = torch.zeros(len(piece) * copies, dtype=torch.bfloat16)
     for kind in ("nf4", "fp4"):
         packed, state = functional.quantize_4bit(piece.bfloat16(), quant_type=kind, blocksize=64)
         if functional.has_avx512bf16():
@@ -104,7 +107,7 @@ def bitsandbytes_peers(piece: torch.Tensor, copies: int) -> Iterator[Peer]:
             state.absmax = state.absmax.repeat(copies)
         packed = packed.repeat(copies, 1)
         state.shape = torch.Size((len(piece) * copies, piece.shape[1]))
-        run = lambda x, packed=packed, state=state: matmul_4bit(x, packed, state)  # noqa: E731
+        run = lambda x, packed=packed, state=state: matmul_4bit(x, packed, state, bias=bias)  # noqa: E731
         yield Peer(f"bitsandbytes {kind}", packed.nbytes + state.absmax.nbytes, run)
 
 

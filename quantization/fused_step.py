@@ -1,7 +1,7 @@
-"""One new token of each row through a whole layer of a quantized model, in one call of the C kernels.
+"""One new token of each row through all layers of a quantized model, in one call of the C kernels.
 
 Between its products, a layer of a quantized model on a CPU spends more time on calling torch than on computing. What
-is not the plain case is left to the layer's own `forward`, which computes the same.
+is not the plain case is left to the layers' own `forward`, which computes the same.
 """
 
 from dataclasses import dataclass
@@ -28,8 +28,15 @@ LEAST_GROUP = 64
 
 @dataclass
 class PlainLayer:
-    """A layer that was found to be what its class says, and where it lies."""
+    """
+    A layer that was found to be what its class says, and where it lies.
 
+    It does not hold the layer itself, which would then live as long as this is known for it.
+    """
+
+    attributes: dict[str, Any]
+    attention: GLMAttention
+    norms: list[nn.LayerNorm]
     parts: list[tuple[dict, str, Any]]
     """Modules and parameters, by the dictionaries that hold them."""
     addresses: list[tuple[Tensor, int]]
@@ -51,72 +58,87 @@ class PlainLayer:
         return True
 
 
-known_layers: WeakKeyDictionary[GLMLayer, PlainLayer] = WeakKeyDictionary()
+known_layers: WeakKeyDictionary[nn.Module, PlainLayer] = WeakKeyDictionary()
 
 
 def fused_step(
-    layer: GLMLayer,
+    layers: nn.ModuleList,
     hidden_states: Tensor,
     cache: Cache | None,
     attention_mask: Any,
     position_embeddings: tuple[Tensor, Tensor],
-    context_length: int | None,
     **kwargs: Any,
 ) -> Tensor | None:
     """
-    Return what `layer.forward` does for one new token of each row `(B, 1, D)`, None for what is not the plain case.
+    Return what `layers` make of one new token of each row `(B, 1, D)`, None for what is not the plain case.
 
-    That is a layer whose linears are all quantized, without adapters, hooks and gradients, on a CPU, behind a cache
+    That is a model whose linears are all quantized, without adapters, hooks and gradients, on a CPU, behind a cache
     that keeps room, with the attention of `sdpa`.
     """
     library = kernel_library()
-    if library is None or layer.training or is_watched() or context_length is not None:
+    if library is None or is_watched() or not is_plain_tensor(hidden_states):
         return None
     if any(value is not None and value is not False for value in kwargs.values()):
         return None
+    found = [plain_layer(layer, library) for layer in layers]
+    plain = [layer for layer in found if layer is not None]
+    if not plain or len(plain) < len(found):
+        return None
+    batch, num_heads, head_size = len(hidden_states), plain[0].arguments.num_heads, plain[0].arguments.head_size
+    rooms = growing_layers(cache, [layer.attention.layer_idx for layer in plain])
+    if rooms is None or plain[0].attention.config._attn_implementation != "sdpa":
+        return None
+    past, dtype = rooms[0].get_seq_length(), hidden_states.dtype
+    cos, sin = (table.expand(batch, 1, head_size).contiguous() for table in position_embeddings)
+    for states in (*(room.keys for room in rooms), *(room.values for room in rooms)):
+        if states.dtype != dtype or not states.is_cpu or states.shape != (batch, num_heads, past, head_size):
+            return None
+    if cos.dtype != dtype or sin.dtype != dtype or hidden_states.shape[2] != num_heads * head_size:
+        return None
+    mask = None
+    if attention_mask is not None:
+        if attention_mask.dtype != torch.bool or attention_mask.shape[1:] != (1, 1, past + 1):
+            return None
+        mask = attention_mask.expand(batch, 1, 1, past + 1).contiguous()
+    new = hidden_states.view(batch, num_heads, 1, head_size)
+    x, out = hidden_states, torch.empty_like(hidden_states)
+    common = {
+        **{"cos": cos.data_ptr(), "signed_sin": sin.data_ptr(), "mask": None if mask is None else mask.data_ptr()},
+        **{"mask_stride": past + 1, "num_tokens": batch, "length": past + 1},
+        **{"dtype": DTYPE_CODES[dtype], "num_threads": torch.get_num_threads()},
+    }
+    calls = (Layer * len(plain))(*(layer.arguments for layer in plain))
+    for call, layer, room in zip(calls, plain, rooms, strict=True):
+        room.make_room(new, new)
+        for name, value in common.items():
+            setattr(call, name, value)
+        call.x, call.out, call.keys, call.values = (t.data_ptr() for t in (x, out, room.keys, room.values))
+        call.row_stride, call.head_stride = room.keys.stride()[:2]
+        call.alpha, call.scaling = layer.attributes["alpha"], layer.attention.scaling
+        call.eps = layer.norms[0].eps, layer.norms[1].eps
+        x = out  # each token's states are read before they are overwritten
+    library.decode_layers(calls)
+    return out
+
+
+def plain_layer(layer: nn.Module, library: KernelLibrary) -> PlainLayer | None:
+    """Return where a layer lies now, None if it would not compute what its class says, or cannot be read."""
     plain = known_layers.get(layer)
     if plain is None or not plain.is_current():
         plain = find_plain_layer(layer, library)
         if plain is None:
             return None
         known_layers[layer] = plain
-    arguments = Layer.from_buffer_copy(plain.arguments)
-    attention, num_heads, head_size = layer.attention, arguments.num_heads, arguments.head_size
-    tokens = growing_tokens(cache, attention.layer_idx)
-    if tokens is None or attention.config._attn_implementation != "sdpa" or not is_plain_tensor(hidden_states):
-        return None
-    x, dtype, batch = hidden_states, hidden_states.dtype, len(hidden_states)
-    past = tokens.get_seq_length()
-    cos, sin = (table.expand(batch, 1, head_size).contiguous() for table in position_embeddings)
-    if any(not t.is_cpu or t.dtype != dtype for t in (tokens.keys, tokens.values, cos, sin)):
-        return None
-    if x.shape[2] != num_heads * head_size or tokens.keys.shape != (batch, num_heads, past, head_size):
-        return None
-    if attention_mask is not None:
-        if attention_mask.dtype != torch.bool or attention_mask.shape[1:] != (1, 1, past + 1):
-            return None
-        mask = attention_mask.expand(batch, 1, 1, past + 1).contiguous()
-        arguments.mask, arguments.mask_stride = mask.data_ptr(), past + 1
-    new = x.view(batch, num_heads, 1, head_size)
-    tokens.make_room(new, new)
-    out = torch.empty_like(x)
-    arguments.x, arguments.cos, arguments.signed_sin = x.data_ptr(), cos.data_ptr(), sin.data_ptr()
-    arguments.out, arguments.keys, arguments.values = out.data_ptr(), tokens.keys.data_ptr(), tokens.values.data_ptr()
-    arguments.row_stride, arguments.head_stride = tokens.keys.stride()[:2]
-    arguments.num_tokens, arguments.length = batch, past + 1
-    arguments.alpha, arguments.scaling = layer.alpha, attention.scaling
-    arguments.eps = layer.input_layernorm.eps, layer.post_attention_layernorm.eps
-    arguments.dtype, arguments.num_threads = DTYPE_CODES[dtype], torch.get_num_threads()
-    library.decode_layer(arguments)
-    return out
+    return None if layer.training else plain
 
 
-def growing_tokens(cache: Cache | None, index: int) -> GrowingLayer | None:
-    """Return the layer of a plain cache that keeps room, None for any other and for one without tokens."""
-    if cache is None or type(cache) is not DynamicCache or index >= len(cache.layers):
+def growing_layers(cache: Cache | None, indices: list[int]) -> list[GrowingLayer] | None:
+    """Return these layers of a plain cache, None for any that keeps no room or has no tokens."""
+    if cache is None or type(cache) is not DynamicCache or max(indices) >= len(cache.layers):
         return None
-    tokens = cache.layers[index]
-    return tokens if type(tokens) is GrowingLayer and tokens.get_seq_length() else None
+    found = [cache.layers[index] for index in indices]
+    rooms = [layer for layer in found if type(layer) is GrowingLayer and layer.get_seq_length()]
+    return rooms if len(rooms) == len(indices) else None
 
 
 def is_watched() -> bool:
@@ -130,8 +152,10 @@ def is_watched() -> bool:
     )
 
 
-def find_plain_layer(layer: GLMLayer, library: KernelLibrary) -> PlainLayer | None:
+def find_plain_layer(layer: nn.Module, library: KernelLibrary) -> PlainLayer | None:
     """Return where a layer lies, None if it would not compute what its class says, or the C kernels cannot read it."""
+    if type(layer) is not GLMLayer:
+        return None
     attention, mlp = layer.attention, layer.mlp
     if type(attention) is not GLMAttention or type(mlp) is not GLMMLP:
         return None
@@ -142,7 +166,7 @@ def find_plain_layer(layer: GLMLayer, library: KernelLibrary) -> PlainLayer | No
     if any(type(norm) is not nn.LayerNorm or norm.weight is None or norm.bias is None for norm in norms):
         return None
     parents: list[nn.Module] = [layer, attention, mlp]
-    modules: list[nn.Module] = [attention, mlp, *linears, *norms]
+    modules: list[nn.Module] = [layer, attention, mlp, *linears, *norms]
     parts = [(parent._modules, name, part) for parent in parents for name, part in parent._modules.items()]
     parameters = [(module._parameters, name, part) for module in modules for name, part in module._parameters.items()]
     numbers = [part for _, _, part in parameters if part is not None]
@@ -151,6 +175,9 @@ def find_plain_layer(layer: GLMLayer, library: KernelLibrary) -> PlainLayer | No
     if len({parameter.dtype for norm in norms for parameter in (norm.weight, norm.bias)}) > 1:
         return None
     plain = PlainLayer(
+        layer.__dict__,
+        attention,
+        norms,
         [*parts, *parameters],
         [(part, part.data_ptr()) for part in numbers],
         [module.__dict__ for module in modules],

@@ -74,8 +74,8 @@ class KernelLibrary:
         self._decode = library.glm_decode
         self._decode.argtypes = [linear, POINTER, NUMBER, NUMBER, POINTER]
         self._decode.restype = None
-        self._decode_layer = library.glm_decode_layer
-        self._decode_layer.argtypes = [ctypes.POINTER(Layer), POINTER]
+        self._decode_layers = library.glm_decode_layers
+        self._decode_layers.argtypes = [ctypes.POINTER(Layer), SIZE, POINTER]
         self._parallel_for = ctypes.cast(ctypes.CDLL(torch._C.__file__).torch_parallel_for, POINTER)
         self.level = library.glm_best_level()
         self.multiplies_bfloat16 = bool(library.glm_multiplies_bfloat16())
@@ -112,10 +112,10 @@ class KernelLibrary:
         self._decode(arguments, out.data_ptr(), DTYPE_CODES[out.dtype], level, self._parallel_for)
         return out
 
-    def decode_layer(self, layer: Layer) -> None:
-        """Compute one new token of each row through a layer of the model, and write it, its key and its value."""
-        if not self._decode_layer(layer, self._parallel_for):
-            raise MemoryError(f"no memory for {layer.num_tokens} tokens in a layer of the model")
+    def decode_layers(self, layers: ctypes.Array[Layer]) -> None:
+        """Compute one new token of each row through layers of the model, and write it, its keys and its values."""
+        if not self._decode_layers(layers, len(layers), self._parallel_for):
+            raise MemoryError(f"no memory for {layers[0].num_tokens} tokens in a layer of the model")
 
 
 def linear_arguments(weight: Tensor, weight_scale: Tensor, bits: int, bias: Tensor | None) -> Linear:

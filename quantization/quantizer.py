@@ -14,7 +14,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 
-from glm_hf.modeling_glm import GLMLayer
+from glm_hf.modeling_glm import GLMModel
 from glm_hf.quantization.configuration import QUANT_METHOD, GLMQuantizationConfig
 from glm_hf.quantization.embedding import QuantizedEmbedding
 from glm_hf.quantization.functional import EMBEDDING_BITS, absmax_of_groups, dequantize_rows, quantize_by_absmax
@@ -92,7 +92,7 @@ class GLMQuantizer(HfQuantizer):
                     shapes = f"{module.scale_shape}, got {tuple(module.weight_scale.shape)}"
                     raise ValueError(f"{name}.weight_scale must be {shapes}; make the folder again")
                 module.protect(known)
-            elif isinstance(module, GLMLayer):
+            elif isinstance(module, GLMModel):
                 module.fused_step = fused_step
         # By this mark, of whichever method, PEFT's helper for k-bit training knows that layers are to be checkpointed.
         model.hqq_quantized = True
@@ -117,7 +117,7 @@ class GLMQuantizer(HfQuantizer):
                 dense[codes] = dequantized_parameter(module, dtype or module.weight_scale.dtype)
             model.set_submodule(name, dense_layer(module, dense[codes]))
         for module in model.modules():
-            if isinstance(module, GLMLayer):
+            if isinstance(module, GLMModel):
                 module.fused_step = None
         untie_scales(model)
         model.hqq_quantized = False

@@ -136,8 +136,8 @@ static int64_t aligned(int64_t size)
     return (size + 63) / 64 * 64;
 }
 
-/* Write the layer's output for one new token of each row, and its keys and values; return 0 if memory is short. */
-EXPORT int glm_decode_layer(const struct layer *layer, parallel_for_function parallel_for)
+/* Write a layer's output for one new token of each row, and its keys and values; return 0 if memory is short. */
+static int decode_layer(const struct layer *layer, parallel_for_function parallel_for)
 {
     enum { PADDING = 64 };
     const int64_t M = layer->num_tokens, hidden = layer->num_heads * layer->head_size;
@@ -179,5 +179,14 @@ EXPORT int glm_decode_layer(const struct layer *layer, parallel_for_function par
     else
         parallel_for(0, layer->num_threads, 1, work_on_layer, &job);
     free(memory);
+    return 1;
+}
+
+/* Do so for layers, one after another. */
+EXPORT int glm_decode_layers(const struct layer *layers, int64_t num_layers, parallel_for_function parallel_for)
+{
+    for (int64_t i = 0; i < num_layers; i++)
+        if (!decode_layer(&layers[i], parallel_for))
+            return 0;
     return 1;
 }

@@ -67,10 +67,11 @@ class GrowingLayer(DynamicLayer):
         """Tell whether the layer's tokens are still those in the memory, and more may be written there."""
         if room.keys.is_inference() and not torch.is_inference_mode_enabled():
             return False
-        return all(
-            states.data_ptr() == whole.data_ptr() and states.stride() == whole.stride() and len(states) == len(whole)
-            for states, whole in ((self.keys, room.keys), (self.values, room.values))
-        )
+        keys, values = self.keys, self.values
+        if keys.data_ptr() != room.keys.data_ptr() or values.data_ptr() != room.values.data_ptr():
+            return False
+        is_whole = keys.stride() == room.keys.stride() and values.stride() == room.values.stride()
+        return is_whole and keys.shape[0] == room.keys.shape[0]
 
     def reset(self) -> None:
         """Forget all tokens."""

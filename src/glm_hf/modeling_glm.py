@@ -152,15 +152,7 @@ class GLMMLP(nn.Module):
 
 
 class GLMLayer(GradientCheckpointingLayer):
-    """
-    One DeepNorm layer.
-
-    Attributes:
-        fused_step: What computes one new token of every row at once and returns its states, or None where it cannot;
-            set by those who replace the layer's linears by others. Takes the layer and the arguments of `forward`.
-    """
-
-    fused_step: Callable[..., torch.Tensor | None] | None = None
+    """One DeepNorm layer."""
 
     def __init__(self, config: GLMConfig, layer_idx: int) -> None:
         super().__init__()
@@ -198,12 +190,6 @@ class GLMLayer(GradientCheckpointingLayer):
         Returns:
             `(B, L, D)`, or `(B, L - context_length, D)` without the context.
         """
-        if self.fused_step is not None and hidden_states.shape[1] == 1 and not torch.compiler.is_compiling():
-            output = self.fused_step(
-                self, hidden_states, past_key_values, attention_mask, position_embeddings, context_length, **kwargs
-            )
-            if output is not None:
-                return output
         normed = self.input_layernorm(hidden_states)
         output, _ = self.attention(
             normed, attention_mask, position_embeddings, past_key_values, context_length, drops_context, **kwargs
@@ -311,7 +297,15 @@ def xavier_std(fan_in: int, fan_out: int) -> float:
 
 
 class GLMModel(GLMPreTrainedModel):
-    """The network without a head: token ids to hidden states after the final norm."""
+    """
+    The network without a head: token ids to hidden states after the final norm.
+
+    Attributes:
+        fused_step: What takes one new token of every row through all layers at once, or returns None where it cannot;
+            set by those who replace linears by others of their own. Takes the layers and what they are called with.
+    """
+
+    fused_step: Callable[..., torch.Tensor | None] | None = None
 
     def __init__(self, config: GLMConfig) -> None:
         super().__init__(config)
@@ -395,8 +389,15 @@ class GLMModel(GLMPreTrainedModel):
         hidden_states = inputs_embeds
         num_rest = inputs_embeds.shape[1] - (attention.context_length or 0)
         drops_context = attention.context_length is not None and 0 < num_outputs <= num_rest
-        layers = self.layers[: self.config.num_hidden_layers]  # fewer in drafts that leave early
-        for layer in layers:
+        layers = self.layers
+        if self.config.num_hidden_layers < len(layers):  # in drafts that leave early
+            layers = layers[: self.config.num_hidden_layers]
+        fused = None
+        if self.fused_step is not None and inputs_embeds.shape[1] == 1 and not torch.compiler.is_compiling():
+            fused = self.fused_step(
+                layers, inputs_embeds, past_key_values, attention.mask, position_embeddings, **kwargs
+            )
+        for layer in layers if fused is None else ():
             hidden_states = layer(
                 hidden_states,
                 past_key_values,
@@ -406,6 +407,7 @@ class GLMModel(GLMPreTrainedModel):
                 drops_context=drops_context and layer is layers[-1],
                 **kwargs,
             )
+        hidden_states = hidden_states if fused is None else fused
         if past_key_values is not None and attention.fills_cache:
             remember_layout(past_key_values, input_ids, attention.position_ids, attention.in_context, self.config)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: past_key_values})
