@@ -20,7 +20,7 @@ from transformers.utils.import_utils import is_tracing
 
 from .configuration_glm import GLMConfig
 from .infilling_glm import infilling_layout
-from .positions_glm import Mask, is_padding_mask, read_positions, step_positions
+from .positions_glm import Mask, is_filled, is_padding_mask, read_positions, step_positions
 
 logger = logging.get_logger(__name__)
 
@@ -69,9 +69,8 @@ def infilling_attention(
     is_ready = attention_mask is not None and not is_padding_mask(attention_mask)
     if is_ready and position_ids is not None:
         return InfillingAttention(expand_mask(attention_mask, config, inputs_embeds.dtype), position_ids)
-    past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
     prefix_length = getattr(past_key_values, "prefix_length", 0)
-    is_continued = past_length != prefix_length
+    is_continued = past_key_values is not None and is_filled(past_key_values)
     require_fitting_segments(segment_ids, attention_mask, inputs_embeds, is_continued)
     if is_continued:
         assert past_key_values is not None

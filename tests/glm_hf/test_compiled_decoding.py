@@ -1,16 +1,24 @@
 """Prefill and decoding steps over a cache of fixed size, compiled as whole graphs, give the tokens of eager ones."""
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
+from forked import run_ranks
 from golden import golden_model
 from transformers import StaticCache
 
 from glm_hf import GLMForBlankInfilling, GLMQuantizationConfig
+from glm_hf.quantization.quantizer import CASTS_BEFORE_CONVERTING
 from glm_hf.versions_glm import CACHE
 
 NUM_TEXTS, ROWS_AT_ONCE, LENGTH, STEPS = 100, 10, 24, 12
+
+
+@pytest.fixture(autouse=True)
+def _forget_graphs() -> None:
+    torch.compiler.reset()
 
 
 @pytest.fixture(scope="module", params=["fp32", "INT4"])
@@ -35,12 +43,18 @@ def texts(model: GLMForBlankInfilling) -> torch.Tensor:
     return torch.tensor(rows)
 
 
+def new_cache(model: GLMForBlankInfilling, batch: int) -> StaticCache:
+    num_ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    cache = StaticCache(config=model.config, max_cache_len=LENGTH + STEPS)
+    num_heads = model.config.num_attention_heads // num_ranks
+    cache.early_initialization(batch, num_heads, model.config.head_dim, torch.float32, torch.device("cpu"))
+    return cache
+
+
 @torch.no_grad()
 def decode(model: GLMForBlankInfilling, step, ids: torch.Tensor) -> torch.Tensor:
     """Return the most likely tokens `(B, STEPS)` by a bare loop over `step`, a model's call."""
-    cache = StaticCache(config=model.config, max_cache_len=LENGTH + STEPS)
-    config = model.config
-    cache.early_initialization(len(ids), config.num_attention_heads, config.head_dim, model.dtype, model.device)
+    cache, config = new_cache(model, len(ids)), model.config
     mask = torch.zeros(len(ids), LENGTH + STEPS, dtype=torch.long)
     mask[:, :LENGTH] = ids != config.pad_token_id
     outputs = step(ids, attention_mask=mask[:, :LENGTH], logits_to_keep=1, **{CACHE: cache})
@@ -63,3 +77,48 @@ def test_compiled_steps_give_the_tokens_of_eager_ones(model, backend):
         )[:, LENGTH:]
         assert torch.equal(decode(model, model, ids), expected)
         assert torch.equal(decode(model, compiled, ids), expected)
+
+
+def run_rank(rank: int, folder: Path, is_quantized: bool) -> None:
+    """Decode as one of two ranks, and save what was compiled and what was not."""
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    options = {"quantization_config": GLMQuantizationConfig(bits=4)} if is_quantized else {}
+    shared = {"tp_size": 2, "tp_plan": "auto"}
+    model = GLMForBlankInfilling.from_pretrained(folder, distributed_config=shared, dtype=torch.float32, **options)
+    rows = texts(model.eval()).split(ROWS_AT_ONCE)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    result = {
+        name: torch.cat([decode(model, step, ids) for ids in rows])
+        for name, step in (("eager", model), ("compiled", compiled))
+    }
+    if rank == 0:
+        torch.save(result, folder / "result.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_give_the_tokens_of_one(model, tmp_path):
+    is_quantized = hasattr(model, "hf_quantizer")
+    if is_quantized and CASTS_BEFORE_CONVERTING:
+        pytest.skip("ranks share quantized weights from transformers 5.23 on")
+    golden_model("cfg1").save_pretrained(tmp_path)
+    run_ranks(lambda rank: run_rank(rank, tmp_path, is_quantized), 2, tmp_path)
+    result = torch.load(tmp_path / "result.pt", weights_only=True)
+    expected = torch.cat([decode(model, model, ids) for ids in texts(model).split(ROWS_AT_ONCE)])
+    assert torch.equal(result["eager"], expected)
+    assert torch.equal(result["compiled"], expected)
+
+
+@torch.no_grad()
+def test_compiled_models_notice_caches_that_are_not_what_they_were(model):
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    ids = texts(model)[:2]
+    cache = new_cache(model, 2)
+    compiled(ids, **{CACHE: cache})
+    cache.reset()
+    with pytest.raises(RuntimeError, match="a cache was emptied, or filled by others"):
+        compiled(ids, **{CACHE: cache})
+    model(ids, attention_mask=torch.ones(2, 1, LENGTH, LENGTH + STEPS), position_ids=ids, **{CACHE: cache})
+    other = new_cache(model, 2)
+    other.layers = cache.layers
+    with pytest.raises(RuntimeError, match="a cache was emptied, or filled by others"):
+        compiled(ids[:, -1:], **{CACHE: other})
