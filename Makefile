@@ -15,7 +15,7 @@ OLDEST_TESTS := tests/glm_hf/test_golden_*.py tests/glm_hf/test_*_glm.py tests/g
         tests/quantization tests/test_main_road.py
 
 .PHONY: install demo test test-oldest quality clean fuzz kill \
-        bench bench-startup bench-checkpoints bench-conversion bench-int4 bench-bias bench-decode bench-data bench-train-step bench-training-memory
+        bench bench-startup bench-checkpoints bench-conversion bench-int4 bench-bias bench-step-kernels bench-decode bench-data bench-train-step bench-training-memory
 
 install: $(INSTALLED)
 
@@ -79,6 +79,10 @@ bench-int4: $(INSTALLED)
 # Ten minutes
 bench-bias: $(INSTALLED)
 	$(BIN)/python benchmarks/linear_bias.py
+
+# Registers of the Triton kernels, without a GPU
+bench-step-kernels: $(INSTALLED)
+	$(BIN)/python -W ignore benchmarks/step_kernels.py
 
 # Some minutes, 12 GB of memory and 7 GB of disk. Peer: llama.cpp by LLAMA=folder of its programs
 bench-decode: $(INSTALLED)

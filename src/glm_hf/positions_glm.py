@@ -255,15 +255,17 @@ def is_filled(cache: Cache) -> bool:
     """
     Tell whether a cache holds more than a learned prefix.
 
-    A graph that is traced cannot look into a cache of fixed size. There, one that was ever filled by the model is taken
-    to be filled, and any other to be empty; the graph checks it when it runs.
+    A graph that is traced cannot look into a cache of fixed size. There, one that was ever filled by the model is
+    taken to be filled, and any other to be empty; the graph checks it when it runs.
     """
     past_length, prefix_length = cache.get_seq_length(), getattr(cache, "prefix_length", 0)
     if not isinstance(past_length, torch.Tensor) or not is_tracing(past_length):
         return bool(past_length != prefix_length)
     was_filled = hasattr(cache, "glm_layout")
     is_as_traced = (past_length != prefix_length) == was_filled
-    torch._assert_async(is_as_traced, "a cache was emptied, or filled by others, behind a compiled model: make it anew")
+    torch._assert_async(
+        is_as_traced, "a cache was emptied, or filled by others, behind a compiled model: make it anew"
+    )
     return was_filled
 
 
