@@ -1,4 +1,9 @@
+import importlib.util
 import logging
+import platform
+import re
+import shutil
+import subprocess
 
 import pytest
 import torch
@@ -208,3 +213,22 @@ def test_packed_copy_follows_the_codes(without_library):
         weight.copy_(other)
     expected = quantized_linear(x, other, scale, 4)
     assert torch.equal(quantized_linear(x, weight, scale, 4), expected)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("objdump"), reason="needs objdump, for x86")
+def test_kernels_use_the_instructions_of_their_set_only(library):
+    spec = importlib.util.find_spec("glm_hf.quantization._kernels_cpu")
+    text = subprocess.run(
+        ["objdump", "-d", "--no-show-raw-insn", spec.origin], capture_output=True, text=True, check=True
+    ).stdout
+    found = 0
+    for name, body in re.findall(r"^[0-9a-f]+ <(\w+)[^>]*>:\n((?:.+\n)+)", text, re.MULTILINE):
+        if not (suffix := re.search("_(avx2|avx512|vnni)$", name)):
+            continue
+        found += 1
+        instructions = [line.split("\t")[-1] for line in body.splitlines()]
+        # Those of SSE, which have no v in front, wait for the upper halves of AVX registers on many processors.
+        assert not [line for line in instructions if re.match(r"(?!v)\w+\s.*%[xy]mm", line)], name
+        for called in re.findall(r"\tcall +\w+ <([^>+]+)>", body):
+            assert called.endswith((suffix[0], "@plt")), (name, called)
+    assert found >= 3 * 6
