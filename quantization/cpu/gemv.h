@@ -82,52 +82,43 @@ ALWAYS_INLINE __m256 NAME(multiply_row)(const struct job *job, int64_t row, cons
 #endif
 }
 
-/* Multiply up to eight rows, and store their sums. */
+/* Write the sums of eight rows, but for the scale of rows with a single one; `count` are left. */
 ALWAYS_INLINE void NAME(multiply_rows)(
-    const struct job *job, int64_t row, int count, const int bits, const int columns)
+    const struct job *job, int64_t row, int64_t count, float *sums, const int bits, const int columns)
 {
     __m256 rows[8];
     for (int r = 0; r < 8; r++)
         rows[r] = r < count ? NAME(multiply_row)(job, row + r, bits, columns) : _mm256_setzero_ps();
     const __m256 first = _mm256_hadd_ps(_mm256_hadd_ps(rows[0], rows[1]), _mm256_hadd_ps(rows[2], rows[3]));
     const __m256 last = _mm256_hadd_ps(_mm256_hadd_ps(rows[4], rows[5]), _mm256_hadd_ps(rows[6], rows[7]));
-    float sums[8], scales[8], biases[8];
     _mm256_storeu_ps(
         sums, _mm256_add_ps(_mm256_permute2f128_ps(first, last, 0x20), _mm256_permute2f128_ps(first, last, 0x31)));
-    if (job->num_groups == 1) {
-        load_row(scales, job->weight_scale, FLOAT16, row, count);
-        for (int r = 0; r < count; r++)
-            sums[r] *= scales[r];
-    }
-    if (job->bias) {
-        load_row(biases, job->bias, job->bias_dtype, row, count);
-        for (int r = 0; r < count; r++)
-            sums[r] += biases[r];
-    }
-    store_row(job->out, sums, job->out_dtype, row, count);
 }
 
 ALWAYS_INLINE void NAME(multiply_token_by)(
-    const struct job *job, int64_t row, int64_t rows, const int bits, const int columns)
+    const struct job *job, int64_t row, int64_t rows, float *sums, const int bits, const int columns)
 {
-    const int64_t end = row + rows;
-    for (; row + 8 <= end; row += 8)
-        NAME(multiply_rows)(job, row, 8, bits, columns);
-    if (row < end)
-        NAME(multiply_rows)(job, row, end - row, bits, columns);
+    int64_t r = 0;
+    for (; r + 8 <= rows; r += 8)
+        NAME(multiply_rows)(job, row + r, 8, sums + r, bits, columns);
+    if (r < rows) {
+        float rest[8];
+        NAME(multiply_rows)(job, row + r, rows - r, rest, bits, columns);
+        memcpy(sums + r, rest, (rows - r) * sizeof *sums);
+    }
 }
 
-/* Multiply `rows` rows from `row` on by the only token. */
-static void NAME(multiply_token)(const struct job *job, int64_t row, int64_t rows)
+/* Write the sums of `rows` rows from `row` on, times the only token. */
+static void NAME(multiply_token)(const struct job *job, int64_t row, int64_t rows, float *sums)
 {
     if (job->bits == 4 && job->planes == 2)
-        NAME(multiply_token_by)(job, row, rows, 4, 2);
+        NAME(multiply_token_by)(job, row, rows, sums, 4, 2);
     else if (job->bits == 4)
-        NAME(multiply_token_by)(job, row, rows, 4, 3);
+        NAME(multiply_token_by)(job, row, rows, sums, 4, 3);
 #if VNNI
     else if (job->planes == 2)
-        NAME(multiply_token_by)(job, row, rows, 8, 2);
+        NAME(multiply_token_by)(job, row, rows, sums, 8, 2);
     else
-        NAME(multiply_token_by)(job, row, rows, 8, 3);
+        NAME(multiply_token_by)(job, row, rows, sums, 8, 3);
 #endif
 }

@@ -5,13 +5,15 @@
 static void NAME(multiply)(const struct job *job, int64_t row, int64_t rows, int64_t column, int columns)
 {
     const int64_t stride = job->K * job->bits / 8;
+    float sums[MOST_COLUMNS][MOST_ROWS_PER_UNIT];
     for (int64_t r = row; r < row + rows; r++) {
         float totals[MOST_COLUMNS] = {0};
         for (int64_t piece = 0; piece < job->num_pieces; piece++) {
             const int64_t start = piece * job->piece_size, left = job->K - start;
             const int64_t length = left < job->piece_size ? left : job->piece_size;
             const uint8_t *codes = job->weight + r * stride + start * job->bits / 8;
-            const float scale = half_to_float(job->weight_scale[r * job->num_groups + start / job->group_size]);
+            const float scale = job->num_groups == 1 ? 1 : half_to_float(
+                job->weight_scale[r * job->num_groups + start / job->group_size]);
             for (int c = 0; c < columns; c++) {
                 const int16_t *x = (const int16_t *)job->x + (column + c) * job->x_stride + start;
                 int64_t sum = 0;
@@ -26,8 +28,10 @@ static void NAME(multiply)(const struct job *job, int64_t row, int64_t rows, int
             }
         }
         for (int c = 0; c < columns; c += job->planes)
-            NAME(store)(job, (column + c) / job->planes, r, job->planes == 1 ? totals[c] : totals[c] + totals[c + 1]);
+            sums[c / job->planes][r - row] = job->planes == 1 ? totals[c] : totals[c] + totals[c + 1];
     }
+    for (int c = 0; c < columns; c += job->planes)
+        NAME(finish)(job, (column + c) / job->planes, row, rows, sums[c / job->planes]);
 }
 #else
 
@@ -125,9 +129,10 @@ ALWAYS_INLINE void NAME(add_words)(
     }
 }
 
-/* Multiply some rows of the weight by some columns of activations. */
+/* Write the sums of some rows of the weight times some columns of activations, MOST_ROWS_PER_UNIT apart. */
 ALWAYS_INLINE void NAME(tile)(
-    const struct job *job, int64_t row, int64_t column, const int bits, const int rows, const int columns)
+    const struct job *job, int64_t row, int64_t column, float *out, const int bits, const int rows,
+    const int columns)
 {
     const int64_t stride = job->K * bits / 8, step = 64;
     const uint8_t *weight = job->weight + row * stride;
@@ -181,25 +186,26 @@ ALWAYS_INLINE void NAME(tile)(
             FLOATS total = totals[r][c];
             for (int plane = 1; plane < job->planes; plane++)
                 total = ADD(total, totals[r][c + plane]);
-            const float sum = SUM_OF_LANES(total);
-            NAME(store)(job, (column + c) / job->planes, row + r, has_groups ? sum : sum * half_to_float(scales[r]));
+            out[c / job->planes * MOST_ROWS_PER_UNIT + r] = SUM_OF_LANES(total);
         }
 }
 
 /* Multiply `rows` rows from `row` on by up to MOST_COLUMNS columns from `column` on. */
 static void NAME(multiply)(const struct job *job, int64_t row, int64_t rows, int64_t column, int columns)
 {
-    const int64_t end = row + rows;
+    float sums[MOST_COLUMNS][MOST_ROWS_PER_UNIT];
+    int64_t r = 0;
     if (job->by_bytes) { /* of a single token */
-        NAME(multiply_token)(job, row, rows);
+        NAME(multiply_token)(job, row, rows, sums[0]);
+        NAME(finish)(job, 0, row, rows, sums[0]);
         return;
     }
 #define TILES(BITS, COLUMNS) \
     case BITS * 10 + COLUMNS: \
-        for (; row + TILE_ROWS <= end; row += TILE_ROWS) \
-            NAME(tile)(job, row, column, BITS, TILE_ROWS, COLUMNS); \
-        for (; row < end; row++) \
-            NAME(tile)(job, row, column, BITS, 1, COLUMNS); \
+        for (; r + TILE_ROWS <= rows; r += TILE_ROWS) \
+            NAME(tile)(job, row + r, column, sums[0] + r, BITS, TILE_ROWS, COLUMNS); \
+        for (; r < rows; r++) \
+            NAME(tile)(job, row + r, column, sums[0] + r, BITS, 1, COLUMNS); \
         break
     switch (job->bits * 10 + columns) {
         TILES(4, 1);
@@ -211,6 +217,8 @@ static void NAME(multiply)(const struct job *job, int64_t row, int64_t rows, int
         TILES(8, 3);
         TILES(8, 4);
     }
+    for (int c = 0; c < columns; c += job->planes)
+        NAME(finish)(job, (column + c) / job->planes, row, rows, sums[c / job->planes]);
 #undef TILES
 }
 

@@ -12,13 +12,46 @@
     for (int i = 0; i < VECTOR / 32; i++) (ints)[i] = (int32_t)lrintf((values)[i] * (factor))
 #endif
 
-/* Add the bias to a sum, and store it as a number of the output. */
-ALWAYS_INLINE void NAME(store)(const struct job *job, int64_t token, int64_t row, float value)
+/* As the functions without a suffix, which compute conversions of fp16 that this instruction set may have. */
+ALWAYS_INLINE void NAME(load_row)(float *values, const void *array, int dtype, int64_t start, int64_t count)
 {
-    const int64_t index = token * job->N + row;
-    if (job->bias)
-        value += element(job->bias, job->bias_dtype, row);
-    store_row(job->out, &value, job->out_dtype, index, 1);
+    int64_t done = 0;
+#if VECTOR >= 256
+    for (; dtype == FLOAT16 && done + 8 <= count; done += 8) {
+        const __m128i halves = _mm_loadu_si128((const __m128i *)((const uint16_t *)array + start + done));
+        _mm256_storeu_ps(values + done, _mm256_cvtph_ps(halves));
+    }
+#endif
+    load_row(values + done, array, dtype, start + done, count - done);
+}
+
+ALWAYS_INLINE void NAME(store_row)(void *array, const float *values, int dtype, int64_t start, int64_t count)
+{
+    int64_t done = 0;
+#if VECTOR >= 256
+    for (; dtype == FLOAT16 && done + 8 <= count; done += 8) {
+        const __m128i halves = _mm256_cvtps_ph(_mm256_loadu_ps(values + done), _MM_FROUND_TO_NEAREST_INT);
+        _mm_storeu_si128((__m128i *)((uint16_t *)array + start + done), halves);
+    }
+#endif
+    store_row(array, values + done, dtype, start + done, count - done);
+}
+
+/* Scale the sums of a token and some rows, add the bias, and store them as numbers of the output. */
+static void NAME(finish)(const struct job *job, int64_t token, int64_t row, int64_t rows, float *sums)
+{
+    float others[MOST_ROWS_PER_UNIT];
+    if (job->num_groups == 1) { /* else parts of the sums were scaled */
+        NAME(load_row)(others, job->weight_scale, FLOAT16, row, rows);
+        for (int64_t r = 0; r < rows; r++)
+            sums[r] *= others[r];
+    }
+    if (job->bias) {
+        NAME(load_row)(others, job->bias, job->bias_dtype, row, rows);
+        for (int64_t r = 0; r < rows; r++)
+            sums[r] += others[r];
+    }
+    NAME(store_row)(job->out, sums, job->out_dtype, token * job->N + row, rows);
 }
 
 /* Cut integers into the columns of a token; features of high nibbles come before those of low nibbles in a block. */
@@ -82,7 +115,7 @@ static void NAME(round_token)(const struct job *job, int64_t token)
         const int64_t padded = (chunk.length + 127) / 128 * 128;
         float values[CHUNK];
         uint32_t largest_bits = 0;
-        load_row(values, job->source, job->source_dtype, token * job->K + chunk.start, chunk.length);
+        NAME(load_row)(values, job->source, job->source_dtype, token * job->K + chunk.start, chunk.length);
         for (int64_t k = chunk.length; k < padded; k++)
             values[k] = 0;
         for (int64_t k = 0; k < chunk.length; k++) {

@@ -90,13 +90,13 @@ ALWAYS_INLINE void NAME(attend_as)(
     const int64_t start = (token * layer->num_heads + head) * 3 * size, last = (length - 1) * size;
     const int64_t cache = (token * layer->row_stride + head * layer->head_stride) * item_size;
     char *keys = (char *)layer->keys + cache, *values = (char *)layer->values + cache;
-    load_row(cos, layer->cos, dtype, token * size, size);
-    load_row(sin, layer->signed_sin, dtype, token * size, size);
-    load_row(row, qkv, dtype, start + size, size);
+    NAME(load_row)(cos, layer->cos, dtype, token * size, size);
+    NAME(load_row)(sin, layer->signed_sin, dtype, token * size, size);
+    NAME(load_row)(row, qkv, dtype, start + size, size);
     NAME(rotate)(query, row, cos, sin, size, dtype);
-    store_row(keys, query, dtype, last, size);
+    NAME(store_row)(keys, query, dtype, last, size);
     memcpy(values + last * item_size, (const char *)qkv + (start + 2 * size) * item_size, size * item_size);
-    load_row(row, qkv, dtype, start, size);
+    NAME(load_row)(row, qkv, dtype, start, size);
     NAME(rotate)(query, row, cos, sin, size, dtype);
 
     const uint8_t *mask = layer->mask ? (const uint8_t *)layer->mask + token * layer->mask_stride : 0;
@@ -144,7 +144,7 @@ ALWAYS_INLINE void NAME(attend_as)(
     const float total = NAME(sum)(totals);
     for (int64_t k = 0; k < size; k++)
         row[k] /= total;
-    store_row(context, row, dtype, (token * layer->num_heads + head) * size, size);
+    NAME(store_row)(context, row, dtype, (token * layer->num_heads + head) * size, size);
 }
 
 static void NAME(attend)(
@@ -186,8 +186,8 @@ static void NAME(normalize)(
     for (int64_t start = 0; start < size; start += CHUNK) {
         float factor[CHUNK], shift[CHUNK];
         const int64_t count = size - start < CHUNK ? size - start : CHUNK;
-        load_row(factor, weight, weight_dtype, start, count);
-        load_row(shift, bias, weight_dtype, start, count);
+        NAME(load_row)(factor, weight, weight_dtype, start, count);
+        NAME(load_row)(shift, bias, weight_dtype, start, count);
         for (int64_t i = 0; i < count; i++)
             values[start + i] = (values[start + i] - mean) * scale * factor[i] + shift[i];
     }
@@ -200,8 +200,8 @@ static void NAME(gate)(void *out, const void *linear, const void *gate, int dtyp
     for (int64_t start = 0; start < count; start += CHUNK) {
         float factors[CHUNK], gates[CHUNK];
         const int64_t size = count - start < CHUNK ? count - start : CHUNK;
-        load_row(factors, linear, dtype, start, size);
-        load_row(gates, gate, dtype, start, size);
+        NAME(load_row)(factors, linear, dtype, start, size);
+        NAME(load_row)(gates, gate, dtype, start, size);
         for (int64_t k = size; k % LANES; k++)
             gates[k] = 0;
         for (int64_t k = 0; k < size; k += LANES) {
@@ -211,7 +211,7 @@ static void NAME(gate)(void *out, const void *linear, const void *gate, int dtyp
         round_row(gates, dtype, size);
         for (int64_t k = 0; k < size; k++)
             factors[k] *= gates[k];
-        store_row(out, factors, dtype, start, size);
+        NAME(store_row)(out, factors, dtype, start, size);
     }
 }
 
@@ -221,10 +221,10 @@ static void NAME(add_residual)(void *out, const float *residual, float alpha, in
     for (int64_t done = 0; done < count; done += CHUNK) {
         float values[CHUNK];
         const int64_t size = count - done < CHUNK ? count - done : CHUNK;
-        load_row(values, out, dtype, start + done, size);
+        NAME(load_row)(values, out, dtype, start + done, size);
         for (int64_t k = 0; k < size; k++)
             values[k] += alpha * residual[done + k];
-        store_row(out, values, dtype, start + done, size);
+        NAME(store_row)(out, values, dtype, start + done, size);
     }
 }
 
