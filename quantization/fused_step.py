@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from glm_hf.cache_glm import GrowingLayer
+from glm_hf.growing_cache_glm import GrowingLayer
 from glm_hf.modeling_glm import GLMMLP, GLMAttention, GLMLayer
 from glm_hf.quantization.kernels_cpu import DTYPE_CODES, KernelLibrary, Layer, Linear, kernel_library, linear_arguments
 from glm_hf.quantization.linear import QuantizedLinear

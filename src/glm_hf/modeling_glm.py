@@ -31,7 +31,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache_glm import keep_room
+from .growing_cache_glm import keep_room
 from .configuration_glm import GLMConfig
 from .filling_glm import BlankGenerationMixin
 from .infilling_glm import masked_lm_layout
@@ -380,7 +380,7 @@ class GLMModel(GLMPreTrainedModel):
             inputs_embeds = shrink_gradient(inputs_embeds, self.config.embedding_gradient_shrink)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        keep_room(past_key_values)
+        keep_room(past_key_values, self.config.max_position_embeddings)
 
         attention = infilling_attention(
             self.config, input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, segment_ids

@@ -4,7 +4,8 @@
 ranks (1 without), `e` bytes of an element in the model's dtype. What is counted:
 
 weights      Every parameter and buffer, exactly.
-KV cache     `2 * layers * T * D/n * e`: the context is full.
+KV cache     `2 * layers * T * D/n * e`: the context is full; and the room that caches keep for tokens to come, up to the
+             window of the model.
 activations  An upper estimate of what a prefill of the whole context holds at its widest moment, with fused attention
              kernels (not "eager") and logits of the last token, as `generate` asks for. In elements per token:
                  rotary   3D + 9D/n   embeddings, states, normed states; qkv, and three of query and key
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 
+from glm_hf.growing_cache_glm import capacity_for
 from glm_hf.configuration_glm import GLMConfig
 from glm_hf.planning.devices import Device
 from glm_hf.quantization.configuration import GLMQuantizationConfig
@@ -180,7 +182,8 @@ def embedding_bytes(request: Request, rank: int = 0) -> int:
 
 def kv_cache_bytes(request: Request) -> int:
     """Return the bytes of keys and values of one layer on one device, at full length."""
-    tokens, width = request.batch * request.context, request.config.hidden_size // (request.tp_size or 1)
+    length = capacity_for(request.context, request.config.max_position_embeddings)
+    tokens, width = request.batch * length, request.config.hidden_size // (request.tp_size or 1)
     return 2 * tokens * width * request.dtype.itemsize
 
 

@@ -191,6 +191,7 @@ def test_the_folder_is_flat_and_holds_what_a_model_needs_only(source, exported):
     code = {
         f"{part}_glm.py"
         for part in (
+            "growing_cache",
             "chat",
             "configuration",
             "filling",

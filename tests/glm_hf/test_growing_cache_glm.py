@@ -9,7 +9,7 @@ import torch
 from golden import golden_config
 from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache
 
-from glm_hf.cache_glm import GrowingLayer, keep_room
+from glm_hf.growing_cache_glm import GrowingLayer, keep_room
 
 NUM_LAYERS = 2
 
@@ -45,7 +45,7 @@ def assert_same(ours: DynamicCache, stock: DynamicCache) -> None:
 def test_new_tokens_are_written_behind_the_others():
     ours, stock = filled()
     room = ours.layers[0].room
-    for _ in range(60):
+    for _ in range(16):
         for index in range(NUM_LAYERS):
             update((ours, stock), index, 1, 2)
     assert ours.layers[0].room is room
@@ -53,12 +53,12 @@ def test_new_tokens_are_written_behind_the_others():
     assert_same(ours, stock)
 
 
-def test_memory_grows_by_an_eighth():
+def test_memory_grows_by_a_sixteenth_up_to_the_window():
     ours, stock = filled(length=800)
-    update((ours, stock), 0, 1, 2)
-    assert ours.layers[0].room.keys.shape[2] == 900
-    update((ours, stock), 0, 100, 2)
-    assert ours.layers[0].room.keys.shape[2] == 1013
+    for window, length, capacity in ((None, 1, 850), (None, 50, 904), (900, 60, 911), (2000, 1, 969), (920, 60, 972)):
+        ours.layers[0].window = window
+        update((ours, stock), 0, length, 2)
+        assert ours.layers[0].room.keys.shape[2] == capacity
     assert torch.equal(ours.layers[0].keys, stock.layers[0].keys)
 
 

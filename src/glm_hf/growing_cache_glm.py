@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-LEAST_ROOM = 64
-ROOM = 1 / 8
+LEAST_ROOM = 16
+ROOM = 1 / 16
 """Share of the tokens there are, for which there is room besides."""
 
 
@@ -28,10 +28,12 @@ class GrowingLayer(DynamicLayer):
     transformers' growing layer of a cache, whose keys and values are the beginning of a larger piece of memory.
 
     Attributes:
+        window: Most tokens that the model takes, beyond which no room is kept.
         room: This memory, None before the first token. Layers that were copied from this one may share it: the first
             that adds a token takes the place behind the tokens they have in common, the others move.
     """
 
+    window: int | None = None
     room: Room | None = None
     keys: torch.Tensor
     values: torch.Tensor
@@ -54,7 +56,7 @@ class GrowingLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         room = self.room
         if room is None or room.used != past or not self.is_in(room) or past + count > room.keys.shape[2]:
-            capacity = past + count + max(LEAST_ROOM, int((past + count) * ROOM))
+            capacity = capacity_for(past + count, self.window)
             room = Room(with_capacity(key_states, capacity), with_capacity(value_states, capacity), past)
             if past:
                 room.keys[:, :, :past], room.values[:, :, :past] = self.keys, self.values
@@ -85,8 +87,14 @@ def with_capacity(states: torch.Tensor, capacity: int) -> torch.Tensor:
     return states.new_empty(batch, heads, capacity, size)
 
 
-def keep_room(cache: Cache | None) -> None:
-    """Let the layers of a plain growing cache keep room from now on; other kinds of caches stay as they are."""
+def capacity_for(length: int, window: int | None) -> int:
+    """Return for how many tokens there is memory where `length` are kept."""
+    capacity = length + max(LEAST_ROOM, int(length * ROOM))
+    return capacity if window is None else max(length, min(capacity, window))
+
+
+def keep_room(cache: Cache | None, window: int | None = None) -> None:
+    """Let the layers of a plain growing cache keep room, up to `window` tokens; other kinds of caches stay as they are."""
     if cache is None or type(cache) is not DynamicCache or cache.offloading or torch.compiler.is_compiling():
         return
     if cache.layer_class_to_replicate is DynamicLayer:
@@ -94,4 +102,4 @@ def keep_room(cache: Cache | None) -> None:
     if cache.layers and type(cache.layers[0]) is DynamicLayer:
         for layer in cache.layers:
             if type(layer) is DynamicLayer:
-                layer.__class__ = GrowingLayer
+                layer.__class__, layer.window = GrowingLayer, window
