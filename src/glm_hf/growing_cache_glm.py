@@ -94,7 +94,7 @@ def capacity_for(length: int, window: int | None) -> int:
 
 
 def keep_room(cache: Cache | None, window: int | None = None) -> None:
-    """Let the layers of a plain growing cache keep room, up to `window` tokens; other kinds of caches stay as they are."""
+    """Let the layers of a plain growing cache keep room, up to `window` tokens; leave other kinds as they are."""
     if cache is None or type(cache) is not DynamicCache or cache.offloading or torch.compiler.is_compiling():
         return
     if cache.layer_class_to_replicate is DynamicLayer:

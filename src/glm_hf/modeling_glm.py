@@ -31,9 +31,9 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .growing_cache_glm import keep_room
 from .configuration_glm import GLMConfig
 from .filling_glm import BlankGenerationMixin
+from .growing_cache_glm import keep_room
 from .infilling_glm import masked_lm_layout
 from .masking_glm import infilling_attention, layout_ids
 from .positions_glm import (

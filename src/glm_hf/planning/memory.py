@@ -4,8 +4,8 @@
 ranks (1 without), `e` bytes of an element in the model's dtype. What is counted:
 
 weights      Every parameter and buffer, exactly.
-KV cache     `2 * layers * T * D/n * e`: the context is full; and the room that caches keep for tokens to come, up to the
-             window of the model.
+KV cache     `2 * layers * T * D/n * e`: the context is full; and the room that caches keep for tokens to come, up to
+             the window of the model.
 activations  An upper estimate of what a prefill of the whole context holds at its widest moment, with fused attention
              kernels (not "eager") and logits of the last token, as `generate` asks for. In elements per token:
                  rotary   3D + 9D/n   embeddings, states, normed states; qkv, and three of query and key
@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
-from glm_hf.growing_cache_glm import capacity_for
 from glm_hf.configuration_glm import GLMConfig
+from glm_hf.growing_cache_glm import capacity_for
 from glm_hf.planning.devices import Device
 from glm_hf.quantization.configuration import GLMQuantizationConfig
 from glm_hf.sharding.rules import ROW_PARALLEL
