@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from glm_hf.decoding.cache import SlotCache, SlotLayer
 from glm_hf.growing_cache_glm import GrowingLayer
 from glm_hf.modeling_glm import GLMMLP, GLMAttention, GLMLayer
 from glm_hf.quantization.kernels_cpu import DTYPE_CODES, KernelLibrary, Layer, Linear, kernel_library, linear_arguments
@@ -73,7 +74,7 @@ def fused_step(
     Return what `layers` make of one new token of each row `(B, 1, D)`, None for what is not the plain case.
 
     That is a model whose linears are all quantized, without adapters, hooks and gradients, on a CPU, behind a cache
-    that keeps room, with the attention of `sdpa`.
+    that keeps room or has slots, with the attention of `sdpa`.
     """
     library = kernel_library()
     if library is None or is_watched() or not is_plain_tensor(hidden_states):
@@ -85,31 +86,36 @@ def fused_step(
     if not plain or len(plain) < len(found):
         return None
     batch, num_heads, head_size = len(hidden_states), plain[0].arguments.num_heads, plain[0].arguments.head_size
-    rooms = growing_layers(cache, [layer.attention.layer_idx for layer in plain])
+    rooms = layers_with_room(cache, [layer.attention.layer_idx for layer in plain])
     if rooms is None or plain[0].attention.config._attn_implementation != "sdpa":
         return None
-    past, dtype = rooms[0].get_seq_length(), hidden_states.dtype
+    dtype, seen = hidden_states.dtype, rooms[0].get_seq_length()
+    lengths = cache.lengths[:batch] + 1 if isinstance(cache, SlotCache) else None
+    length = seen if lengths is not None else seen + 1
     cos, sin = (table.expand(batch, 1, head_size).contiguous() for table in position_embeddings)
     for states in (*(room.keys for room in rooms), *(room.values for room in rooms)):
-        if states.dtype != dtype or not states.is_cpu or states.shape != (batch, num_heads, past, head_size):
+        taken = states if lengths is None else states[:batch, :, :seen]
+        if taken.dtype != dtype or not taken.is_cpu or taken.shape != (batch, num_heads, seen, head_size):
             return None
     if cos.dtype != dtype or sin.dtype != dtype or hidden_states.shape[2] != num_heads * head_size:
         return None
     mask = None
     if attention_mask is not None:
-        if attention_mask.dtype != torch.bool or attention_mask.shape[1:] != (1, 1, past + 1):
+        if attention_mask.dtype != torch.bool or attention_mask.shape[1:] != (1, 1, length):
             return None
-        mask = attention_mask.expand(batch, 1, 1, past + 1).contiguous()
+        mask = attention_mask.expand(batch, 1, 1, length).contiguous()
     new = hidden_states.view(batch, num_heads, 1, head_size)
     x, out = hidden_states, torch.empty_like(hidden_states)
     common = {
         **{"cos": cos.data_ptr(), "signed_sin": sin.data_ptr(), "mask": None if mask is None else mask.data_ptr()},
-        **{"mask_stride": past + 1, "num_tokens": batch, "length": past + 1},
+        **{"mask_stride": length, "num_tokens": batch, "length": length},
+        "lengths": None if lengths is None else lengths.data_ptr(),
         **{"dtype": DTYPE_CODES[dtype], "num_threads": torch.get_num_threads()},
     }
     calls = (Layer * len(plain))(*(layer.arguments for layer in plain))
     for call, layer, room in zip(calls, plain, rooms, strict=True):
-        room.make_room(new, new)
+        if isinstance(room, GrowingLayer):
+            room.make_room(new, new)
         for name, value in common.items():
             setattr(call, name, value)
         call.x, call.out, call.keys, call.values = (t.data_ptr() for t in (x, out, room.keys, room.values))
@@ -132,12 +138,13 @@ def plain_layer(layer: nn.Module, library: KernelLibrary) -> PlainLayer | None:
     return None if layer.training else plain
 
 
-def growing_layers(cache: Cache | None, indices: list[int]) -> list[GrowingLayer] | None:
-    """Return these layers of a plain cache, None for any that keeps no room or has no tokens."""
-    if cache is None or type(cache) is not DynamicCache or max(indices) >= len(cache.layers):
+def layers_with_room(cache: Cache | None, indices: list[int]) -> list[GrowingLayer | SlotLayer] | None:
+    """Return these layers of a cache that grows or has slots, None for any that keeps no room or has no tokens."""
+    if cache is None or type(cache) not in (DynamicCache, SlotCache) or max(indices) >= len(cache.layers):
         return None
     found = [cache.layers[index] for index in indices]
-    rooms = [layer for layer in found if type(layer) is GrowingLayer and layer.get_seq_length()]
+    rooms = [layer for layer in found if type(layer) in (GrowingLayer, SlotLayer) and layer.is_initialized]
+    rooms = [layer for layer in rooms if layer.get_seq_length()]
     return rooms if len(rooms) == len(indices) else None
 
 

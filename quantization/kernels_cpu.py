@@ -47,6 +47,7 @@ class Layer(ctypes.Structure):
         *((name, Linear) for name in ("query_key_value", "dense", "up", "down")),
         *((name, POINTER * 2) for name in ("norm_weights", "norm_biases")),
         *((name, POINTER) for name in ("x", "cos", "signed_sin", "out", "keys", "values", "mask")),
+        ("lengths", POINTER),
         *((name, SIZE) for name in ("row_stride", "head_stride", "mask_stride")),
         *((name, SIZE) for name in ("num_tokens", "num_heads", "head_size", "length")),
         *(("eps", FLOAT * 2), ("alpha", FLOAT), ("scaling", FLOAT)),

@@ -23,6 +23,7 @@ ORDER = (
     ("conversion",),
     ("quantization",),
     ("hub", "pipelines"),
+    ("decoding",),
     ("folders", "sharding"),
     ("model", "deprecated"),
 )

@@ -20,8 +20,9 @@ struct layer {
     void *out;                        /* (M, D) */
     void *keys, *values;              /* of M rows and all heads: (room, head_size) */
     const void *mask;                 /* of M rows: bytes, 0 on positions that are not seen; or none */
+    const int64_t *lengths;           /* of M rows with the new token, or none if all have `length` */
     int64_t row_stride, head_stride, mask_stride; /* elements from one to the next */
-    int64_t num_tokens, num_heads, head_size, length /* of a row with the new token */;
+    int64_t num_tokens, num_heads, head_size, length /* of the longest row with the new token */;
     float eps[2], alpha, scaling;
     int32_t dtype, norm_dtype, level, num_threads;
 };

@@ -84,7 +84,8 @@ ALWAYS_INLINE void NAME(attend_as)(
     const struct layer *layer, const void *qkv, void *context, int64_t token, int64_t head, float *scratch,
     const int dtype)
 {
-    const int64_t size = layer->head_size, length = layer->length, item_size = dtype == FLOAT32 ? 4 : 2;
+    const int64_t size = layer->head_size, item_size = dtype == FLOAT32 ? 4 : 2;
+    const int64_t length = layer->lengths ? layer->lengths[token] : layer->length;
     const int64_t whole = size / LANES * LANES, padded = size + LANES;
     float *row = scratch, *query = row + padded, *cos = query + padded, *sin = cos + padded, *scores = sin + padded;
     const int64_t start = (token * layer->num_heads + head) * 3 * size, last = (length - 1) * size;

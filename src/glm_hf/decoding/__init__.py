@@ -1,0 +1,7 @@
+"""Decoding of many requests at once: each in a slot of its own, one token of all slots in a step."""
+
+from glm_hf.decoding.decoder import Decoder
+from glm_hf.decoding.fill import fill_texts
+from glm_hf.decoding.requests import Answer, Request, Sampling
+
+__all__ = ["Answer", "Decoder", "Request", "Sampling", "fill_texts"]
