@@ -12,10 +12,10 @@ OLDEST := .venv-oldest
 # What depends on transformers most; training in several processes and 3D is left to the newest.
 OLDEST_TESTS := tests/glm_hf/test_golden_*.py tests/glm_hf/test_*_glm.py tests/glm_hf/test_attention_interface.py \
         tests/glm_hf/test_masked_lm.py tests/glm_hf/test_peft.py tests/glm_hf/pipelines tests/glm_hf/hub \
-        tests/quantization tests/test_main_road.py
+        tests/glm_hf/decoding tests/quantization tests/test_main_road.py
 
 .PHONY: install demo test test-oldest quality clean fuzz kill \
-        bench bench-startup bench-checkpoints bench-conversion bench-int4 bench-bias bench-step-kernels bench-decode bench-data bench-train-step bench-training-memory
+        bench bench-startup bench-checkpoints bench-conversion bench-int4 bench-bias bench-step-kernels bench-decode bench-data bench-train-step bench-training-memory bench-serve soak
 
 install: $(INSTALLED)
 
@@ -57,6 +57,11 @@ KILLS ?= 140 45 45
 kill: $(INSTALLED)
 	OMP_NUM_THREADS=1 PYTHONPATH=tests/support $(BIN)/python tests/support/kills.py $(KILLS)
 
+# Clients that behave badly, for so many seconds.
+SECONDS ?= 600
+soak: $(INSTALLED)
+	OMP_NUM_THREADS=1 PYTHONPATH=tests/support $(BIN)/python tests/support/soak.py $(SECONDS)
+
 quality: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -97,6 +102,10 @@ bench-data: $(INSTALLED)
 
 bench-train-step: $(INSTALLED)
 	$(BIN)/python benchmarks/train_step.py
+
+# Three minutes, 4 GB of memory and 4 GB of disk
+bench-serve: $(INSTALLED)
+	$(BIN)/python benchmarks/serve.py
 
 # Seven minutes, 5 GB of memory
 bench-training-memory: $(INSTALLED)

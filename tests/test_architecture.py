@@ -18,7 +18,7 @@ PACKAGE = ROOT / "src" / "glm_hf"
 ORDER = (
     ("cli",),
     ("glm_hf",),  # the package's own __init__
-    ("planning",),
+    ("serving", "planning"),
     ("training",),
     ("conversion",),
     ("quantization",),
@@ -36,10 +36,15 @@ DEFERRED = {
     "glm_hf.quantization.kernels_triton_attention",
     "glm_hf.quantization.kernels_triton_step",
     "glm_hf.training.pipeline.model",
+    *(f"glm_hf.serving.{name}" for name in ("app", "chat", "completions", "guard", "launch", "metrics", "protocol")),
+    *(f"glm_hf.serving.{name}" for name in ("service", "text", "worker")),
 }
 # What the package's own __init__ has for all rooms.
 OF_THE_PACKAGE = {"glm_hf.__version__", "glm_hf.lazy_names"}
-OPTIONAL = {"triton", "deepspeed", "peft", "lm_eval", "datasets", "sentencepiece", "matplotlib", "trl"}
+OPTIONAL = {
+    *("triton", "deepspeed", "peft", "lm_eval", "datasets", "sentencepiece", "matplotlib", "trl"),
+    *("fastapi", "starlette", "pydantic", "uvicorn", "prometheus_client", "openai"),
+}
 
 
 def find_modules() -> dict[str, Path]:
@@ -216,5 +221,6 @@ def test_wheel_contains_every_room_and_nothing_else(tmp_path, has_compiler):
         expected.add("glm_hf/quantization/_kernels_cpu.abi3.so")
         assert "-cp311-abi3-" in wheel.name
     expected |= {f"glm_hf/world_facts/{name}" for name in WORLD_FACTS}
+    expected |= {f"glm_hf/serving/page/{name}" for name in ("index.html", "page.css", "page.js")}
     assert sum((ROOT / "examples/world_facts/model" / name).stat().st_size for name in WORLD_FACTS) <= 8_000_000
     assert names == expected

@@ -2,22 +2,27 @@
 
 Blocks marked `python` run in one namespace per page; an unmarked block behind one is what it prints. Blocks marked
 `console` hold commands behind `$` and what they print on stdout, and the line of an error. `...` stands for anything.
-Blocks marked `bash` need weights, processes or machines that are not here: of them, the options are checked.
+Blocks marked `bash` need weights, processes or machines that are not here: of them, the options are checked. A page
+that asks a server is given one of the small model.
 """
 
 import argparse
 import io
 import re
 import shlex
-from contextlib import redirect_stderr, redirect_stdout
+import shutil
+import subprocess
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
+from running_server import load, serving
 
 from glm_hf.cli import main
 from glm_hf.cli.parser import build_parser
 
 ROOT = Path(__file__).parents[1]
+SERVER = "http://127.0.0.1:8000"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[\w-]+)?\)")
@@ -56,8 +61,10 @@ def run_python(code: str, namespace: dict, page: Path) -> str:
 
 
 def run_command(line: str) -> str:
-    """Run a `glm-hf` command in this process; return what it prints, its error in the last line."""
+    """Run a `glm-hf` command in this process, or curl; return what it prints, its error in the last line."""
     program, *words = shlex.split(line)
+    if program == "curl":
+        return subprocess.run([program, *words], capture_output=True, text=True, check=True).stdout
     assert program == "glm-hf", line
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
@@ -70,6 +77,15 @@ def run_command(line: str) -> str:
 def test_snippets_and_commands_print_what_the_page_shows(page, folder):
     blocks = blocks_of(page)
     namespace: dict = {}
+    with ExitStack() as stack:
+        if any(SERVER in content for _, content in blocks):
+            url = stack.enter_context(serving(*load(), model_name="world_facts")).url
+            blocks = [(language, content.replace(SERVER, url)) for language, content in blocks]
+        run_blocks(page, blocks, namespace)
+
+
+def run_blocks(page: Path, blocks: list[tuple[str, str]], namespace: dict) -> None:
+    """Run the snippets and commands of a page, and check what they print."""
     for (language, content), (next_language, shown) in zip(blocks, [*blocks[1:], ("end", "")], strict=True):
         if language == "python":
             printed = run_python(content, namespace, page)
@@ -77,6 +93,8 @@ def test_snippets_and_commands_print_what_the_page_shows(page, folder):
         elif language == "console":
             for part in content.removeprefix("$ ").split("\n$ "):
                 command, _, shown_lines = part.partition("\n")
+                if command.startswith("curl") and shutil.which("curl") is None:
+                    continue
                 assert_prints(run_command(command), shown_lines.rstrip("\n"))
 
 

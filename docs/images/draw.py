@@ -24,7 +24,7 @@ STYLE = """
 """
 ROOMS = (
     (("cli", "one module per group of commands"),),
-    (("planning", "devices, memory, training runs"),),
+    (("serving", "OpenAI-compatible server, page"), ("planning", "devices, memory, training runs")),
     (
         ("training", "arguments, trainers, schedules"),
         ("training/data", "corpora to batches"),
@@ -37,6 +37,7 @@ ROOMS = (
     ),
     (("quantization", "INT4 and INT8: configuration, layers, kernels, quantizer"),),
     (("hub", "export with its code"), ("pipelines", "fill-mask, text-generation")),
+    (("decoding", "slots, steps, sampling: many requests at once"),),
     (("folders", "atomic folder, model folder"), ("sharding", "shard rules, degrees")),
     (("*_glm.py", "configuration, model, masks, layout, generation, tokenizer: what travels to the Hub"),),
 )

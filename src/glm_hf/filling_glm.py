@@ -17,6 +17,11 @@ from .configuration_glm import GLMConfig
 from .generation_glm import GLMGenerationMixin
 from .infilling_glm import mask_token_ids, pad_left, prepare_context, splice_blank, suppress_blanks, unpad
 
+NOT_FINITE = (
+    "the model's scores are not finite: its weights are damaged (`glm-hf verify` tells), or too large for its dtype; "
+    "load it in another"
+)
+
 
 @dataclass(frozen=True)
 class FilledBlanks:
@@ -207,10 +212,7 @@ def fill_in_turn(
 def require_finite(scores: Iterable[float]) -> None:
     """Raise ValueError if a score is NaN or infinite, whose answer means nothing."""
     if not all(map(math.isfinite, scores)):
-        raise ValueError(
-            "the model's scores are not finite: its weights are damaged (`glm-hf verify` tells), or too large for its "
-            "dtype; load it in another"
-        )
+        raise ValueError(NOT_FINITE)
 
 
 def read_blank(ids: Sequence[int], log_probs: Sequence[float], end_ids: Sequence[int], pad_id: int) -> Blank:

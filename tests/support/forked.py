@@ -29,10 +29,21 @@ def start(function: Callable[[], Any], result: Path) -> int:
 
 def wait(pid: int, result: Path) -> Any:
     """Return what a child has returned; AssertionError with its traceback if it has raised."""
-    os.waitpid(pid, 0)
-    kind, value = pickle.loads(result.read_bytes())
-    assert kind == "returned", value
+    [value] = values_of([outcome_of(pid, result)])
     return value
+
+
+def outcome_of(pid: int, result: Path) -> tuple[str, Any]:
+    """Wait for a child; return how it has ended, and what it has returned or the reason."""
+    _, status = os.waitpid(pid, 0)
+    return pickle.loads(result.read_bytes()) if result.exists() else ("ended", f"ended with status {status}")
+
+
+def values_of(outcomes: list[tuple[str, Any]]) -> list[Any]:
+    """Return what children have returned; AssertionError with the reasons of all that have not."""
+    reasons = [f"child {number}: {value}" for number, (kind, value) in enumerate(outcomes) if kind != "returned"]
+    assert not reasons, "\n".join(reasons)
+    return [value for _, value in outcomes]
 
 
 def run_ranks(
@@ -70,7 +81,8 @@ def run_ranks(
     pids = [start(lambda rank=rank: rank_main(rank), result) for rank, result in enumerate(results)]
     for rank in killed:
         os.waitpid(pids[rank], 0)
-    return [
-        None if rank in killed else wait(pid, result)
+    ended = [
+        ("returned", None) if rank in killed else outcome_of(pid, result)
         for rank, (pid, result) in enumerate(zip(pids, results, strict=True))
     ]
+    return values_of(ended)

@@ -8,14 +8,17 @@ import random
 import sys
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
+from forked import run_ranks
 from golden import golden_model
 
 from glm_hf import GLMConfig, GLMForBlankInfilling, GLMQuantizationConfig
 from glm_hf.decoding import Decoder, Request, Sampling
 from glm_hf.decoding.engine import Engine
 from glm_hf.decoding.fill import Filling
+from glm_hf.decoding.ranks import RankedEngine
 from glm_hf.infilling_glm import prepare_context
 
 LONGEST, NEW_TOKENS = 400, 12
@@ -85,35 +88,63 @@ def decode(
             ]
 
 
+def decode_on_ranks(
+    folder: Path, is_quantized: bool, rows: list[list[int]], settings: list[list[Sampling]]
+) -> list[list[tuple[list[list[int]], list[float]]]]:
+    """Return blanks and scores of texts for each list of settings, by two tensor-parallel ranks in eight slots."""
+    golden_model("cfg1").save_pretrained(folder)
+
+    def run_rank(rank: int) -> None:
+        torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+        options = {"quantization_config": GLMQuantizationConfig(bits=4)} if is_quantized else {}
+        shared = {"tp_size": 2, "tp_plan": "auto"}
+        model = GLMForBlankInfilling.from_pretrained(folder, distributed_config=shared, dtype=torch.float32, **options)
+        engine = RankedEngine(model.eval(), num_slots=8)
+        if rank:
+            engine.follow()
+        else:
+            answers = [decode(Decoder(engine), rows, each) for each in settings]
+            engine.stop()
+            torch.save(answers, folder / "result.pt")
+        torch.distributed.destroy_process_group()
+
+    run_ranks(run_rank, 2, folder)
+    return torch.load(folder / "result.pt", weights_only=True)
+
+
+def report(name: str, count: int) -> None:
+    """Print of how many requests to a model in fp32, INT4 or INT8 the answers are equal."""
+    model = golden_model("cfg1")
+    if name != "fp32":
+        model = quantized(model, int(name[3:]))
+    rows, greedy, mixed = texts(model.config, count), [Sampling()] * count, samplings(count)
+    expected, alone = one_by_one(model, rows), decode(Decoder(Engine(model, 1)), rows, mixed)
+
+    def compare(way: str, answers: list, sampled: list) -> None:
+        equal = [a[0] == b[0] for a, b in zip(answers, expected, strict=True)]
+        same = [a[0] == b[0] for a, b in zip(sampled, alone, strict=True)]
+        sys.stdout.write(
+            f"{name:5} {way:18} greedy {sum(equal)} of {count} as fill_blanks, "
+            f"sampled {sum(same)} of {count} as in one slot\n"
+        )
+        sys.stdout.flush()
+
+    ways = {f"{slots} slots": {"num_slots": slots} for slots in (1, 8, 32)}
+    ways["8 slots, compiled"] = {"num_slots": 8, "max_length": 512, "is_static": True, "backend": "aot_eager"}
+    for way, options in ways.items():
+        compare(way, *(decode(Decoder(Engine(model, **options)), rows, each) for each in (greedy, mixed)))
+    if name != "INT8":
+        with tempfile.TemporaryDirectory() as folder:
+            compare("8 slots, 2 ranks", *decode_on_ranks(Path(folder), name == "INT4", rows, [greedy, mixed]))
+
+
 def main() -> None:
-    """Compare answers of many requests, and print how many are equal."""
+    """Compare the answers to many requests."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("count", type=int, nargs="?", default=1000)
-    count = parser.parse_args().count
     torch.set_num_threads(1)
     for name in ("fp32", "INT4", "INT8"):
-        model = golden_model("cfg1")
-        if name != "fp32":
-            model = quantized(model, int(name[3:]))
-        rows = texts(model.config, count)
-        greedy, mixed = [Sampling()] * count, samplings(count)
-        expected = one_by_one(model, rows)
-        alone = decode(Decoder(Engine(model, 1)), rows, mixed)
-        for slots in (1, 8, 32):
-            answers = decode(Decoder(Engine(model, slots)), rows, greedy)
-            equal = sum(a[0] == b[0] for a, b in zip(answers, expected, strict=True))
-            sampled = decode(Decoder(Engine(model, slots)), rows, mixed)
-            same = sum(a[0] == b[0] for a, b in zip(sampled, alone, strict=True))
-            far = max(
-                abs(x - y)
-                for a, b in zip(answers, expected, strict=True)
-                if a[0] == b[0]
-                for x, y in zip(a[1], b[1], strict=True)
-            )
-            sys.stdout.write(
-                f"{name:5} {slots:2} slots: greedy {equal} of {count} as fill_blanks (scores within {far:.1e}), "
-                f"sampled {same} of {count} as in one slot\n"
-            )
+        report(name, parser.parse_args().count)
 
 
 if __name__ == "__main__":

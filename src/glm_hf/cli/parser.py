@@ -8,6 +8,7 @@ from glm_hf.cli.fill import add_fill
 from glm_hf.cli.hub import add_export_hub
 from glm_hf.cli.plan import add_plan
 from glm_hf.cli.quantization import add_analyze, add_quantize
+from glm_hf.cli.serve import add_serve
 from glm_hf.cli.train import add_train
 
 
@@ -21,7 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for add in (
         *(add_convert, add_quantize, add_analyze, add_export_sat, add_reshard, add_verify),
-        *(add_fill, add_export_hub, add_plan, add_train, add_export_3d),
+        *(add_fill, add_serve, add_export_hub, add_plan, add_train, add_export_3d),
     ):
         add(commands)
     return parser

@@ -14,7 +14,8 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any
 
-PATIENCE = 5.0  # seconds
+patience = [5.0]
+"""Seconds in which a process that was told to end may do so by itself; the last counts."""
 REASONS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 received: list[int] = []
 """Signals that this process was sent."""
@@ -41,6 +42,11 @@ def listen() -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, REASONS)  # which have waited since the package was imported
 
 
+def wait_longer(seconds: float) -> None:
+    """Let the process take so many seconds more to end by itself."""
+    patience.append(patience[0] + seconds)
+
+
 def exit_code() -> int:
     """Return the exit code of a process that a signal has ended."""
     return 128 + (received[0] if received else signal.SIGINT)
@@ -62,7 +68,7 @@ def _wait(told: int) -> None:
     """End the process some seconds after it was told to, unless it has ended by itself."""
     while (number := os.read(told, 1)[0]) not in REASONS:
         pass
-    time.sleep(PATIENCE)
+    time.sleep(patience[-1])
     received.append(number)
     _leave()
 

@@ -36,8 +36,6 @@ class SlotLayer(CacheLayerMixin):
         shape = (self.cache.num_slots, key_states.shape[1], self.cache.capacity)
         self.keys = key_states.new_zeros(*shape, key_states.shape[3])
         self.values = value_states.new_zeros(*shape, value_states.shape[3])
-        torch._dynamo.mark_static_address(self.keys)
-        torch._dynamo.mark_static_address(self.values)
         self.is_initialized = True
 
     def grow(self) -> None:
@@ -97,7 +95,6 @@ class SlotCache(Cache):
         self.num_slots, self.capacity, self.window = num_slots, min(capacity, window), window
         self.lengths = torch.zeros(num_slots, dtype=torch.long, device=device)
         self.span = self.capacity
-        torch._dynamo.mark_static_address(self.lengths)
 
     def reserve(self, length: int) -> None:
         """Give every slot room for at least `length` tokens."""

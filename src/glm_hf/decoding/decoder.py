@@ -8,15 +8,12 @@ from collections.abc import Iterable, Sequence
 from glm_hf.decoding.engine import Engine
 from glm_hf.decoding.requests import Answer, Request
 from glm_hf.decoding.sampling import Choice
+from glm_hf.filling_glm import NOT_FINITE
 
 TOKENS_AT_ONCE = 512
 """Most tokens of contexts, with their padding, that are read together; a longer one is read alone."""
 LIKE_LENGTH = 1.25
 """Contexts are read together up to this ratio of their lengths."""
-NOT_FINITE = (
-    "the model's scores are not finite: its weights are damaged (`glm-hf verify` tells), or too large for its dtype; "
-    "load it in another"
-)
 
 
 class Decoder:
@@ -93,6 +90,19 @@ class Decoder:
             self._random.pop(answer)
         else:
             self._leave(answer)
+
+    def fail(self, error: str) -> None:
+        """End all requests by an error, and free all slots."""
+        answers = [*self.active, *self.waiting]
+        for slot in range(len(self.active)):
+            self.engine.release(slot)
+        self.active.clear()
+        self.waiting.clear()
+        self._random.clear()
+        for answer in answers:
+            answer.error = error
+            if answer.request.on_token is not None:
+                answer.request.on_token(answer)
 
     @property
     def is_idle(self) -> bool:

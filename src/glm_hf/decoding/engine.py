@@ -15,7 +15,7 @@ from torch import Tensor
 from glm_hf.decoding.cache import SlotCache, round_up
 from glm_hf.decoding.requests import Sampling
 from glm_hf.decoding.sampling import CANDIDATES, Choice, Kinds, SlotSettings
-from glm_hf.infilling_glm import infilling_layout, mask_token_ids, pad_left
+from glm_hf.infilling_glm import infilling_layout, mask_token_ids
 from glm_hf.peft_glm import num_virtual_tokens
 from glm_hf.versions_glm import CACHE
 
@@ -65,7 +65,7 @@ class Engine:
             raise ValueError("steps are compiled with fixed shapes only; pass is_static=True")
         self.max_length = max_length or window
         self.is_static = is_static
-        self.device = self.base.lm_head.weight.device if self.base.device.type == "meta" else self.base.device
+        self.device = self.base._pad_left([[self.config.pad_token_id]])[0].device
         self.cache = SlotCache(
             self.config.num_hidden_layers,
             num_slots,
@@ -82,7 +82,8 @@ class Engine:
         self._lengths = [0] * num_slots
         self._run: Callable[..., Choice] = self._decode
         if backend is not None:
-            self._run = torch.compile(self._decode, fullgraph=True, dynamic=False, backend=backend)
+            compiled = torch.compile(self._decode, fullgraph=True, dynamic=False, backend=backend)
+            self._run = torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS)(compiled)
         self._graphs: dict[tuple[int, Kinds], tuple[Any, Tensor, Choice]] = {}
 
     @torch.no_grad()
@@ -105,7 +106,7 @@ class Engine:
             uniforms: Random number of each row, above 0 and up to 1.
         """
         distinct = {tuple(row): index for index, row in enumerate(dict.fromkeys(map(tuple, rows)))}
-        padded, padding = (part.to(self.device) for part in pad_left([*distinct], self.config.pad_token_id))
+        padded, padding = self.base._pad_left([*distinct])
         outputs = self.model(padded, attention_mask=padding, use_cache=True, logits_to_keep=1)
         self.cache.reserve(self.num_virtual + padded.shape[1] + 1)
         for row, slot, settings, number in zip(rows, slots, sampling, num_top, strict=True):
@@ -145,8 +146,7 @@ class Engine:
         if self.is_static and self.device.type == "cuda":
             choice = self._graph(batch, kinds, padded)
         else:
-            with torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS):
-                choice = self._run(padded.to(self.device), kinds)
+            choice = self._run(padded.to(self.device), kinds)
         for slot in range(count):
             self._lengths[slot] += 1
         return Choice(*(part[:count] for part in choice))

@@ -25,6 +25,8 @@ class Filling:
         context: Ids as `prepare_context` returns them.
         request: Settings of every blank; its ids are not used. Blank number `i` is drawn by `seed + i`.
         on_token: Function that is called after every token, and at the end, of the text.
+        begun: Tokens that the first blank begins with.
+        most_blanks: Number of blanks to fill, all by default.
 
     Attributes:
         context: Ids with the blanks filled so far.
@@ -40,8 +42,11 @@ class Filling:
         context: Sequence[int],
         request: Request,
         on_token: Callable[["Filling"], None] | None = None,
+        begun: Sequence[int] = (),
+        most_blanks: int | None = None,
     ) -> None:
         self.decoder, self.context, self.request, self.on_token = decoder, list(context), request, on_token
+        self.begun, self.most_blanks = list(begun), most_blanks
         self.answers: list[Answer] = []
         self._submit()
 
@@ -61,7 +66,12 @@ class Filling:
         self.decoder.cancel(self.answers[-1])
 
     def _left(self) -> bool:
-        """Tell whether the context has another mask."""
+        """Tell whether there is another blank to fill."""
+        is_last = self.most_blanks is not None and len(self.answers) >= self.most_blanks
+        return not is_last and self._has_blank()
+
+    def _has_blank(self) -> bool:
+        """Tell whether the context has a mask."""
         return next_blank(self.context, self.decoder.engine.config) is not None
 
     def _submit(self) -> None:
@@ -70,14 +80,15 @@ class Filling:
         sampling = self.request.sampling
         if sampling.seed is not None:
             sampling = replace(sampling, seed=sampling.seed + number)
-        row = [*self.context, config.sop_token_id]
+        row = [*self.context, config.sop_token_id, *(self.begun if number == 0 else ())]
         request = replace(self.request, input_ids=row, sampling=sampling, on_token=self._take)
         self.answers.append(self.decoder.submit(request, is_first=number > 0))
 
     def _take(self, answer: Answer) -> None:
         """Go on to the next blank when one is done."""
-        if answer.finish_reason in GOES_ON:
-            self.context = splice_blank(self.context, answer.ids, self.decoder.engine.config)
+        if answer.finish_reason in GOES_ON and self._has_blank():
+            blank = [*self.begun, *answer.ids] if len(self.answers) == 1 else answer.ids
+            self.context = splice_blank(self.context, blank, self.decoder.engine.config)
         if self.on_token is not None:
             self.on_token(self)
         if answer.finish_reason in GOES_ON and self._left():

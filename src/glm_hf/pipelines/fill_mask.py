@@ -7,12 +7,25 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from transformers import GenerationConfig
 from transformers.pipelines import FillMaskPipeline
 
+from glm_hf.decoding import Decoder, fill_texts
+from glm_hf.decoding.engine import Engine
 from glm_hf.filling_glm import Blank, fill_in_turn
 from glm_hf.folders.validation import require_matching_tokenizer
+from glm_hf.generation_glm import DEFAULT_NEW_TOKENS
 from glm_hf.infilling_glm import mask_token_ids, prepare_context, unpad
 from glm_hf.pipelines.text_generation import continuation, is_glm
+
+MOST_SLOTS = 32
+PLAIN_OPTIONS = (("top_k", 1), ("targets", None), ("num_beams", 1), ("do_sample", False), ("num_return_sequences", 1))
+"""Settings of a call, and their values, that the decoder takes."""
+PLAIN_FIELDS = {
+    *("eos_token_id", "pad_token_id", "bos_token_id", "suppress_tokens", "transformers_version", "_from_model_config"),
+    *("use_cache", "output_attentions", "output_hidden_states"),
+}
+"""Fields of a generation config that change no answer, or that the decoder heeds."""
 
 
 class BlankInfillingPipeline(FillMaskPipeline):
@@ -45,7 +58,21 @@ class BlankInfillingPipeline(FillMaskPipeline):
 
     def __call__(self, inputs: str | list[str], **kwargs: Any) -> list[Any]:
         """Fill one text or several; none gives an empty list."""
-        return [] if inputs == [] else super().__call__(inputs, **kwargs)
+        if inputs == []:
+            return []
+        if isinstance(inputs, list) and len(inputs) > 1 and all(isinstance(text, str) for text in inputs):
+            preprocess, settings, _ = self._sanitize_parameters(**kwargs)
+            if self._is_decoded({**self._forward_params, **settings}):
+                encoded = [self.preprocess(text, **{**self._preprocess_params, **preprocess}) for text in inputs]
+                return self.fill_encoded(encoded, **kwargs)
+        return super().__call__(inputs, **kwargs)
+
+    def _is_decoded(self, settings: dict[str, Any]) -> bool:
+        """Tell whether the decoder gives what `generate` would: one answer, token by token the most likely."""
+        options = {name: value for name, value in settings.items() if (name, value) not in PLAIN_OPTIONS}
+        of_model, usual = self.infiller.generation_config.to_diff_dict(), GenerationConfig()
+        changed = {name for name, value in of_model.items() if value not in (None, getattr(usual, name, None))}
+        return not set(options) - {"max_new_tokens"} and settings.get("top_k") == 1 and changed <= PLAIN_FIELDS
 
     def _sanitize_parameters(
         self,
@@ -109,6 +136,11 @@ class BlankInfillingPipeline(FillMaskPipeline):
         """Return for every text of the batch the proposals for each of its blanks."""
         is_batch = not isinstance(model_inputs["text"], str)
         contexts = model_inputs["context"] if is_batch else [model_inputs["context"]]
+        if self._is_decoded({**generate_kwargs, "top_k": top_k, "targets": targets}):
+            decoder = Decoder(Engine(self.infiller, min(len(contexts), MOST_SLOTS)))
+            most = generate_kwargs.get("max_new_tokens") or DEFAULT_NEW_TOKENS
+            decoded = [[[blank] for blank in blanks] for blanks in fill_texts(decoder, contexts, most)]
+            return {"blanks": decoded if is_batch else decoded[0], "text": model_inputs["text"]}
         propose = partial(self._propose, top_k, targets)
         blanks = fill_in_turn(list(contexts), self.model.config, propose, generate_kwargs)
         return {"blanks": blanks if is_batch else blanks[0], "text": model_inputs["text"]}

@@ -15,7 +15,7 @@ import sys, ctypes
 sys.argv[0] = "glm-hf"
 from glm_hf import cli
 from glm_hf.cli import signals
-signals.PATIENCE = 0.5
+signals.patience[:] = [0.5]
 def hang(arguments=None):
     print("begun", flush=True)
     {hang}

@@ -305,3 +305,36 @@ def test_answers_that_are_begun_are_continued(chatting):
     assert result["generated_text"][0] == turns[0]
     assert result["generated_text"][1]["content"].startswith("cold")
     assert len(result["generated_text"]) == 2
+
+
+def refuse(*args, **kwargs):
+    raise AssertionError("generate was called")
+
+
+def test_lists_are_decoded_together_to_what_generate_gives(fill, monkeypatch):
+    texts = [ONE, TWO, "the people", "[MASK] people"]
+    alone = [fill(text, top_k=1, num_beams=1, repetition_penalty=1.0, **OPTIONS) for text in texts]
+    monkeypatch.setattr(GLMForBlankInfilling, "generate", refuse)
+    together = fill(texts, top_k=1, **OPTIONS)
+    for answer, one in zip(together, alone, strict=True):
+        for a, b in zip(flat(answer), flat(one), strict=True):
+            assert a["sequence"] == b["sequence"]
+            assert a["score"] == pytest.approx(b["score"], rel=1e-4)
+
+
+def flat(answer):
+    return [each for part in answer for each in (part if isinstance(part, list) else [part])]
+
+
+@pytest.mark.parametrize("options", [{"top_k": 2}, {"top_k": 1, "num_beams": 2}, {"top_k": 1, "do_sample": True}, {}])
+def test_what_the_decoder_does_not_do_is_left_to_generate(fill, monkeypatch, options):
+    monkeypatch.setattr(GLMForBlankInfilling, "generate", refuse)
+    with pytest.raises(AssertionError, match="generate was called"):
+        fill([ONE, TWO], **options, **OPTIONS)
+
+
+def test_settings_of_the_model_are_heeded(fill, monkeypatch):
+    monkeypatch.setattr(fill.infiller.generation_config, "repetition_penalty", 1.5)
+    monkeypatch.setattr(GLMForBlankInfilling, "generate", refuse)
+    with pytest.raises(AssertionError, match="generate was called"):
+        fill([ONE, TWO], top_k=1, **OPTIONS)
