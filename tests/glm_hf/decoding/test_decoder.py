@@ -303,3 +303,37 @@ def test_a_full_slot_still_has_room_for_the_next_blank(plain):
     while not filling.is_finished:
         decoder.advance()
     assert [len(answer.ids) for answer in filling.answers] == [3, 1]
+
+
+def test_slots_that_are_not_in_use_stay_empty(plain):
+    engine = Engine(plain, 4, max_length=64, is_static=True)
+    decoder = Decoder(engine)
+    for index in range(3):
+        decoder.submit(request_for(plain, [10 + index, 30], max_new_tokens=9, sampling=endless(plain)))
+    for _ in range(5):
+        decoder.advance()
+    assert engine.cache.lengths.tolist()[3] == 0
+    assert min(engine.cache.lengths.tolist()[:3]) > 0
+
+
+def test_the_blanks_of_a_text_are_filled_before_the_next_text_begins(plain):
+    config, decoder = plain.config, Decoder(Engine(plain, 1))
+    texts = [[11, config.mask_token_id, 12, config.mask_token_id, 13], [21, 22]]
+    first, second = (Filling(decoder, prepare_context(text, config), Request((), 4)) for text in texts)
+    while not second.answers[0].ids and not second.is_finished:
+        decoder.advance()
+    assert first.is_finished
+
+
+def test_every_blank_of_a_text_draws_numbers_of_its_own(plain):
+    config = plain.config
+    text = [11, config.mask_token_id, 12, config.mask_token_id, 13]
+    request = Request((), 8, Sampling(temperature=2.0, seed=5))
+    decoder = Decoder(Engine(plain, 1))
+    filling = Filling(decoder, prepare_context(text, config), request)
+    while not filling.is_finished:
+        decoder.advance()
+    first, second = filling.answers
+    row = [*text[:1], *first.ids, *text[2:], config.eos_token_id, config.sop_token_id]
+    [alone] = decoder.run([Request(row, 8, Sampling(temperature=2.0, seed=6))])
+    assert alone.ids == second.ids
