@@ -103,7 +103,7 @@ bench-data: $(INSTALLED)
 bench-train-step: $(INSTALLED)
 	$(BIN)/python benchmarks/train_step.py
 
-# Three minutes, 4 GB of memory and 4 GB of disk
+# Some minutes, and 7 GB of disk
 bench-serve: $(INSTALLED)
 	$(BIN)/python benchmarks/serve.py
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from glm_hf.quantization.kernels_triton import (
     SMALLEST_BLOCK,
+    add_products,
     all_of_8_bits,
     block_bytes,
     high_of_4_bits,
@@ -191,7 +192,10 @@ def row_sums(
             sums = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
             for index in tl.static_range(TOKENS):
                 token = first_token + index
-                own = products(codes, x_pointer, token, num_tokens, start, row_bytes, BITS, BLOCK)
+                end = tl.where(token < num_tokens, row_bytes, 0)
+                none = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+                products = add_products(none, codes, x_pointer, token, start, end, row_bytes, BITS, BLOCK)
+                own = tl.sum(products, axis=1)
                 sums = tl.where((tl.arange(0, TOKENS) == index)[None, :], own[:, None], sums)
         if IN_GROUPS:
             group = start // (row_bytes // num_groups)
@@ -201,25 +205,6 @@ def row_sums(
         totals *= tl.load(scale_pointer + rows, mask=is_row, other=0).to(tl.float32)[:, None]
     totals += tl.load(bias_pointer + rows, mask=is_row, other=0).to(tl.float32)[:, None]
     return totals.to(x_pointer.dtype.element_ty).to(tl.float32)
-
-
-@triton.jit
-def products(codes, x_pointer, token, num_tokens, start, row_bytes, BITS: tl.constexpr, BLOCK: tl.constexpr):
-    """Return the sums `(ROWS)` of a block of codes times one token's features, zeros behind the last token."""
-    end = tl.where(token < num_tokens, row_bytes, 0)
-    if BITS == 8:
-        columns = start + tl.arange(0, BLOCK)
-        x = tl.load(x_pointer + token * row_bytes + columns, mask=columns < end, other=0).to(tl.float32)
-        return tl.sum(all_of_8_bits(codes) * x[None, :], axis=1)
-    features = start * 2 + tl.arange(0, BLOCK * 2)
-    x = tl.load(x_pointer + token * row_bytes * 2 + features, mask=features < end * 2, other=0).to(tl.float32)
-    even, odd = tl.split(tl.reshape(x, (BLOCK, 2)))
-    # A byte without its bias is 16 * high + low, so
-    # high * even + low * odd = byte * even / 16 + low * (odd - even / 16), which saves extracting the high half.
-    even = even * 0.0625
-    biased = codes.to(tl.int32) ^ 0x4B000088
-    byte = biased.to(tl.float32, bitcast=True) - (8388608.0 + 136)
-    return tl.sum(byte * even[None, :] + low_of_4_bits(biased) * (odd - even)[None, :], axis=1)
 
 
 @triton.jit
