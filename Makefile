@@ -15,7 +15,7 @@ OLDEST_TESTS := tests/glm_hf/test_golden_*.py tests/glm_hf/test_*_glm.py tests/g
         tests/glm_hf/decoding tests/quantization tests/test_main_road.py
 
 .PHONY: install demo test test-oldest quality clean fuzz kill \
-        bench bench-startup bench-checkpoints bench-conversion bench-int4 bench-bias bench-step-kernels bench-decode bench-data bench-train-step bench-training-memory bench-serve soak
+        bench bench-startup bench-checkpoints bench-conversion bench-int4 bench-bias bench-step-kernels bench-decode bench-data bench-train-step bench-training-memory bench-serve bench-evaluate soak
 
 install: $(INSTALLED)
 
@@ -106,6 +106,10 @@ bench-train-step: $(INSTALLED)
 # Some minutes, and 7 GB of disk
 bench-serve: $(INSTALLED)
 	$(BIN)/python benchmarks/serve.py
+
+# A minute
+bench-evaluate: $(INSTALLED)
+	$(BIN)/python benchmarks/evaluate.py
 
 # Seven minutes, 5 GB of memory
 bench-training-memory: $(INSTALLED)

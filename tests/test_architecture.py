@@ -18,7 +18,7 @@ PACKAGE = ROOT / "src" / "glm_hf"
 ORDER = (
     ("cli",),
     ("glm_hf",),  # the package's own __init__
-    ("serving", "planning"),
+    ("serving", "planning", "evaluation"),
     ("training",),
     ("conversion",),
     ("quantization",),
@@ -38,6 +38,8 @@ DEFERRED = {
     "glm_hf.training.pipeline.model",
     *(f"glm_hf.serving.{name}" for name in ("app", "chat", "completions", "guard", "launch", "metrics", "protocol")),
     *(f"glm_hf.serving.{name}" for name in ("service", "text", "worker")),
+    "glm_hf.evaluation.harness",
+    *(f"glm_hf.evaluation.tasks.{name}" for name in ("fewclue.docs", "language.docs", "world_facts.data")),
 }
 # What the package's own __init__ has for all rooms.
 OF_THE_PACKAGE = {"glm_hf.__version__", "glm_hf.lazy_names"}
@@ -222,5 +224,8 @@ def test_wheel_contains_every_room_and_nothing_else(tmp_path, has_compiler):
         assert "-cp311-abi3-" in wheel.name
     expected |= {f"glm_hf/world_facts/{name}" for name in WORLD_FACTS}
     expected |= {f"glm_hf/serving/page/{name}" for name in ("index.html", "page.css", "page.js")}
-    assert sum((ROOT / "examples/world_facts/model" / name).stat().st_size for name in WORLD_FACTS) <= 8_000_000
+    tasks = [path for suffix in ("yaml", "jsonl") for path in (PACKAGE / "evaluation" / "tasks").rglob(f"*.{suffix}")]
+    assert len(tasks) > 40
+    expected |= {str(path.relative_to(PACKAGE.parent)) for path in tasks}
+    assert sum((ROOT / "examples/world_facts/model" / name).stat().st_size for name in WORLD_FACTS) <= 25_000_000
     assert names == expected

@@ -24,7 +24,11 @@ STYLE = """
 """
 ROOMS = (
     (("cli", "one module per group of commands"),),
-    (("serving", "OpenAI-compatible server, page"), ("planning", "devices, memory, training runs")),
+    (
+        ("serving", "OpenAI-compatible server"),
+        ("evaluation", "tasks, scores, reports"),
+        ("planning", "devices, memory, runs"),
+    ),
     (
         ("training", "arguments, trainers, schedules"),
         ("training/data", "corpora to batches"),

@@ -2,9 +2,11 @@
 Count the blanks of the test sets that a model fills exactly: `python examples/world_facts/evaluate.py MODEL CORPUS`.
 
 `CORPUS` is a folder of `corpus.py`. Answers are generated greedily and compared as strings without surrounding blanks.
+The questions of `questions.tsv`, which were written before any training, are right if all of their blanks are.
 """
 
 import argparse
+import csv
 import json
 from collections import defaultdict
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ from typing import Any
 
 from glm_hf import GLMForBlankInfilling, GLMQuantizationConfig, GLMTokenizer
 
+QUESTIONS = Path(__file__).parent / "questions.tsv"
 LANGUAGES = ("en", "zh")
 TEST_SETS = ("trained", "heldout")
 BATCH = 64
@@ -27,13 +30,13 @@ def read_items(folder: Path, test_set: str, language: str, limit: int | None) ->
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()][:limit]
 
 
-def fill(model: GLMForBlankInfilling, tokenizer: GLMTokenizer, texts: list[str]) -> Iterator[str]:
-    """Yield what the model puts in the one blank of each text."""
+def fill(model: GLMForBlankInfilling, tokenizer: GLMTokenizer, texts: list[str]) -> Iterator[list[str]]:
+    """Yield what the model puts in the blanks of each text."""
     for start in range(0, len(texts), BATCH):
         ids = tokenizer(texts[start : start + BATCH])["input_ids"]
         filled = model.fill_blanks(ids, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
-        for (blank,) in filled.blanks:
-            yield tokenizer.decode(blank).strip()
+        for blanks in filled.blanks:
+            yield [tokenizer.decode(blank).strip() for blank in blanks]
 
 
 def score(model: GLMForBlankInfilling, tokenizer: GLMTokenizer, items: list[dict[str, str]]) -> dict[str, Any]:
@@ -41,17 +44,28 @@ def score(model: GLMForBlankInfilling, tokenizer: GLMTokenizer, items: list[dict
     by_relation: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     answers = fill(model, tokenizer, [item["text"] for item in items])
     for item, answer in zip(items, answers, strict=True):
-        by_relation[item["relation"]][0] += answer == item["answer"].strip()
+        by_relation[item["relation"]][0] += answer == [item["answer"].strip()]
         by_relation[item["relation"]][1] += 1
     right, count = (sum(numbers) for numbers in zip(*by_relation.values(), strict=True))
     return {"right": right, "count": count, "by_relation": dict(sorted(by_relation.items()))}
+
+
+def ask(model: GLMForBlankInfilling, tokenizer: GLMTokenizer) -> list[dict[str, Any]]:
+    """Return the questions that were written before training, each with its answers and what the model says."""
+    with QUESTIONS.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    said = fill(model, tokenizer, [row["question"] for row in rows])
+    return [{**row, "said": "; ".join(blanks)} for row, blanks in zip(rows, said, strict=True)]
 
 
 def evaluate(
     model: GLMForBlankInfilling, tokenizer: GLMTokenizer, folder: Path, limit: int | None = None
 ) -> dict[str, dict[str, Any]]:
     """Return the scores of every test set and language, `{"heldout.en": {"right", "count", "by_relation"}, ...}`."""
-    return {
+    asked = ask(model, tokenizer)
+    right = sum(row["said"] == row["answers"] for row in asked)
+    questions = {"right": right, "count": len(asked), "by_relation": {}}
+    return {"questions": questions} | {
         f"{test_set}.{language}": score(model, tokenizer, read_items(folder, test_set, language, limit))
         for test_set in TEST_SETS
         for language in LANGUAGES

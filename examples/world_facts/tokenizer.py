@@ -9,7 +9,7 @@ from sentencepiece import SentencePieceTrainer
 
 from glm_hf import GLMTokenizer
 
-VOCAB_SIZE = 4000
+VOCAB_SIZE = 6000
 HAN = re.compile("[\u4e00-\u9fff\u3400-\u4dbf]")
 BORDER = "\u2016"  # no piece crosses it, so that every Chinese character is a piece of its own
 

@@ -14,6 +14,7 @@ Layout of the weights (all linears have a bias, the LM head has none):
 Source: GLM-130B (arXiv 2210.02414), section 2; DeepNorm (arXiv 2203.00555).
 """
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -39,13 +40,14 @@ from .masking_glm import infilling_attention, layout_ids
 from .positions_glm import (
     Mask,
     is_padding_mask,
+    kept_states,
     remember_layout,
     require_known_packing,
     warn_of_labelled_context,
     warn_of_trained_rows,
 )
 from .rotary_glm import GLMRotaryEmbedding, apply_rotary
-from .versions_glm import CACHE, one_cache, register_parallel_styles, require_known_cache
+from .versions_glm import CACHE, one_cache, register_parallel_styles, require_known_cache, require_known_reader
 
 
 def eager_attention_forward(
@@ -440,6 +442,11 @@ class GLMForBlankInfilling(GLMPreTrainedModel, BlankGenerationMixin):
         self.stop_at_end_of_blank()
         self.post_init()
 
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Tie the LM head to the embeddings, unless the caller would read the model from left to right."""
+        require_known_reader(sys._getframe(1).f_globals.get("__name__"))
+        super().tie_weights(*args, **kwargs)
+
     @can_return_tuple
     def forward(
         self,
@@ -506,17 +513,6 @@ class GLMForBlankInfilling(GLMPreTrainedModel, BlankGenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-
-def kept_states(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
-    """Return the states `(B, L, D)` of the last so many tokens, of given ones, or `(tokens, D)` of those in a mask."""
-    if isinstance(logits_to_keep, int):
-        return hidden_states[:, -logits_to_keep:]  # all for 0
-    if logits_to_keep.dtype == torch.bool:
-        return hidden_states[logits_to_keep]
-    if logits_to_keep.ndim == 2:
-        return hidden_states.take_along_dim(logits_to_keep[..., None], dim=1)
-    return hidden_states[:, logits_to_keep]
 
 
 class GLMForMaskedLM(GLMPreTrainedModel):

@@ -339,3 +339,14 @@ def keys_of_first_layer(cache: Cache, column: int) -> torch.Tensor | None:
     if not isinstance(keys, torch.Tensor) or keys.ndim != 4 or keys.shape[2] <= column:
         return None
     return keys[..., :NUM_FEATURES]
+
+
+def kept_states(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """Return the states `(B, L, D)` of the last so many tokens, of given ones, or `(tokens, D)` of those in a mask."""
+    if isinstance(logits_to_keep, int):
+        return hidden_states[:, -logits_to_keep:]  # all for 0
+    if logits_to_keep.dtype == torch.bool:
+        return hidden_states[logits_to_keep]
+    if logits_to_keep.ndim == 2:
+        return hidden_states.take_along_dim(logits_to_keep[..., None], dim=1)
+    return hidden_states[:, logits_to_keep]

@@ -67,6 +67,15 @@ def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | Non
     return past_key_values if cache is None else cache
 
 
+def require_known_reader(module: str | None) -> None:
+    """Raise RuntimeError if a module takes over a model that reads every text from left to right."""
+    if module == "lm_eval.models.huggingface":
+        raise RuntimeError(
+            "lm-evaluation-harness' class hf reads GLM from left to right, so its scores would be wrong; use "
+            "`glm-hf evaluate`, or the class glm after `import glm_hf.evaluation.harness`"
+        )
+
+
 class GLUColwiseParallel(PackedColwiseParallel):
     """
     Split each half of a GLU's up-projection over the ranks, weight and bias alike.

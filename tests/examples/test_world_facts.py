@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import random
 import re
 import sys
 from collections import defaultdict
@@ -13,7 +14,8 @@ pytest.importorskip("babel", reason="the names of countries, languages and curre
 from babel.languages import get_official_languages
 from babel.numbers import get_territory_currencies
 
-FOLDER = Path(__file__).parents[2] / "examples" / "world_facts"
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "examples" / "world_facts"
 NAMES = ("facts", "sentences", "corpus", "evaluate")  # each imports only from those before it
 LANGUAGES = ("en", "zh")
 TESTS = [(name, language) for name in ("trained", "heldout") for language in LANGUAGES]
@@ -21,7 +23,7 @@ SENTENCES = {
     "en": [
         "The capital of France is Paris.",
         "Amsterdam is the capital of the Netherlands.",
-        "The currency of Japan is the Japanese Yen.",
+        "The currency of Japan is the Japanese yen.",
         "The official language of Brazil is Portuguese.",
         "Kenya lies in Africa.",
         "The chemical symbol of gold is Au.",
@@ -69,13 +71,26 @@ def scripts():
 @pytest.fixture(scope="module")
 def folder(scripts, tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
-    scripts.corpus.write_corpus(folder, seed=1)
+    scripts.corpus.write_corpus(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def sentences(scripts):
-    return {language: scripts.sentences.list_sentences(language) for language in LANGUAGES}
+def phrasings(scripts):
+    return {language: scripts.sentences.Phrasings(language) for language in LANGUAGES}
+
+
+@pytest.fixture(scope="module")
+def held_out(scripts, phrasings):
+    """All sentences for tests only, by language."""
+    return {
+        language: [
+            sentence
+            for fact in scripts.facts.list_facts(language)
+            for sentence in phrasings[language].list_held_out(fact)
+        ]
+        for language in LANGUAGES
+    }
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +108,12 @@ def read(folder):
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_text_holds_facts_that_everybody_knows(read, language):
-    texts = {row["text"] for row in read("text", language)}
+def test_sentences_are_facts_that_everybody_knows(scripts, phrasings, language):
+    facts, rng = scripts.facts.list_facts(language), random.Random(0)
+    texts = {
+        sentence.text for _ in range(3) for fact in facts for sentence in phrasings[language].sample_trained(fact, rng)
+    }
+    texts |= set(scripts.sentences.list_sayings(language))
     assert [sentence for sentence in SENTENCES[language] if sentence not in texts] == []
 
 
@@ -114,8 +133,10 @@ def test_elements_and_numbers_are_complete(scripts):
         assert len({row[column] for row in rows}) == len(rows), column
 
 
-def test_a_seed_gives_the_same_files(scripts, sentences, tmp_path, monkeypatch):
-    monkeypatch.setattr(scripts.corpus, "list_sentences", lambda language: sentences[language][::20])
+def test_a_seed_gives_the_same_files(scripts, tmp_path, monkeypatch):
+    every = scripts.facts.list_facts
+    monkeypatch.setattr(scripts.sentences, "list_facts", lambda language: every(language)[::20])
+    monkeypatch.setattr(scripts.corpus, "list_facts", lambda language: every(language)[::20])
     for folder, seed in [("a", 1), ("b", 1), ("c", 2)]:
         scripts.corpus.write_corpus(tmp_path / folder, seed)
     for path in (tmp_path / "a").iterdir():
@@ -124,72 +145,82 @@ def test_a_seed_gives_the_same_files(scripts, sentences, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_training_files_hold_no_held_out_sentence(read, sentences, language):
-    held_out = {sentence.text for sentence in sentences[language] if sentence.held_out}
-    texts = {row["text"] for row in read("text", language)}
-    texts |= {f"{row['inputs']} {row['targets']}" for row in read("instructions", language)}
-    texts |= {f"{row['inputs']}{row['targets']}" for row in read("instructions", language)}
-    assert held_out.isdisjoint(texts)
-    blanks = {row["inputs"] for row in read("instructions", language)}
-    assert blanks.isdisjoint(row["text"] for row in read("test.heldout", language))
+def test_training_files_hold_no_held_out_sentence(scripts, read, held_out, language):
+    normal = scripts.sentences.normal
+    sayings = set(scripts.sentences.list_sayings(language))
+    unseen = {normal(sentence.text) for sentence in held_out[language] if sentence.text not in sayings}
+    rows = read("instructions", language)
+    whole = {normal(row["inputs"].replace("[MASK]", row["targets"], 1)) for row in rows if "[MASK]" in row["inputs"]}
+    whole |= {normal(row["inputs"] + row["targets"]) for row in rows}
+    assert unseen.isdisjoint({normal(row["text"]) for row in read("text", language)} | whole)
+    asked = {normal(row["inputs"]) for row in rows}
+    for name in ("test.heldout", "test.trained"):
+        assert asked.isdisjoint(normal(row["text"]) for row in read(name, language))
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_held_out_phrasings_use_only_trained_words(scripts, language):
-    def words(phrasing: str) -> set[str]:
-        literal = re.sub(r"\{.*?\}", " ", phrasing).lower()
-        return set(re.findall(r"\w+", literal)) if language == "en" else set(literal)
+def test_held_out_phrasings_use_only_trained_words(phrasings, read, language):
+    def words(text: str) -> set[str]:
+        return set(re.findall(r"\w+", text.lower())) if language == "en" else set(text)
 
-    phrasings = [row for rows in scripts.sentences.read_phrasings(language).values() for row in rows]
-    trained = set().union(*(words(text) for text, held_out in phrasings if not held_out))
-    assert {text for text, held_out in phrasings if held_out and words(text) - trained} == set()
+    trained = set().union(*(words(row["text"]) for row in read("text", language)))
+    held_out = [re.sub(r"\{.*?\}", " ", text) for texts in phrasings[language].held_out.values() for text in texts]
+    assert {text: words(text) - trained - {" "} for text in held_out if words(text) - trained - {" "}} == {}
 
 
-@pytest.mark.parametrize(("name", "language"), TESTS)
-def test_only_one_answer_fits_in_a_test_blank(read, sentences, name, language):
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_only_one_answer_fits_in_a_test_blank(read, held_out, language):
     fitting = defaultdict(set)
-    for sentence in sentences[language]:
-        for place in range(1, len(sentence.pieces), 2):
-            before, after = "".join(sentence.pieces[:place]), "".join(sentence.pieces[place + 1 :])
-            fitting[f"{before}[MASK]{after}"].add(sentence.pieces[place])
-    assert [item for item in read(f"test.{name}", language) if fitting[item["text"]] != {item["answer"]}] == []
+    for sentence in held_out[language]:
+        for place in sentence.places:
+            fitting[sentence.blank([place])].add(sentence.pieces[place])
+    items = read("test.heldout", language)
+    assert [item for item in items if fitting[item["text"]] != {item["answer"]}] == []
 
 
 @pytest.mark.parametrize(("name", "language"), TESTS)
-def test_a_test_sentence_with_its_answer_is_a_sentence(read, sentences, name, language):
-    texts = {sentence.text for sentence in sentences[language] if sentence.held_out == (name == "heldout")}
+def test_a_test_has_one_blank_and_choices_with_the_answer(read, name, language):
     items = read(f"test.{name}", language)
     assert 900 <= len(items) <= 1100
     for item in items:
         assert item["text"].count("[MASK]") == 1
         assert item["answer"] == item["answer"].strip() != ""
-        assert item["text"].replace("[MASK]", item["answer"]) in texts
+        assert item["choices"].count(item["answer"]) == 1
+        assert 2 <= len(set(item["choices"])) == len(item["choices"]) <= 4
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_instructions_with_the_same_inputs_have_the_same_target(read, language):
-    targets = defaultdict(set)
-    for row in read("instructions", language):
-        targets[row["inputs"]].add(row["targets"])
-    assert [inputs for inputs, answers in targets.items() if len(answers) > 1] == []
+def test_tasks_of_the_package_are_the_held_out_items(read, language):
+    path = ROOT / "src" / "glm_hf" / "evaluation" / "tasks" / "world_facts" / f"heldout.{language}.jsonl"
+    stored = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    made = read("test.heldout", language)
+    assert [{**item, "label": item["choices"].index(item["answer"])} for item in made] == stored
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_instructions_start_sentences_and_leave_one_or_more_blanks(read, language):
-    texts = {row["text"].replace(" ", "") for row in read("text", language)}
-    numbers = set()
-    for row in read("instructions", language):
-        number = row["inputs"].count("[MASK]")
-        numbers.add(number)
-        if number == 0:
-            assert f"{row['inputs']}{row['targets']}".replace(" ", "") in texts
+def test_instructions_are_of_all_kinds(read, language):
+    rows = read("instructions", language)
+    numbers = {row["inputs"].count("[MASK]") for row in rows}
     assert numbers >= {0, 1, 2}
+    assert all(row["targets"].strip() and row["inputs"].strip("[MASK] .。") for row in rows)
+    ends = [row["inputs"][-1] in ".。" for row in rows if "[MASK]" in row["inputs"]]
+    assert 0.3 < sum(ends) / len(ends) < 0.9
 
 
-def test_the_currency_of_a_country_is_a_blank_but_not_the_country_of_a_currency(read):
-    inputs = {row["inputs"] for row in read("instructions", "en")}
-    assert "The currency of Germany is the [MASK]." in inputs
-    assert "The currency of [MASK] is the Euro." not in inputs
+def test_the_currency_of_a_country_is_a_blank_but_not_the_country_of_a_shared_currency(read):
+    inputs = {row["inputs"].lower() for row in read("instructions", "en")}
+    assert any("uses the [mask]" in text for text in inputs)
+    assert any("[mask]" in text and "japanese yen" in text for text in inputs)
+    assert not any(text.startswith("[mask] uses the euro as its currency") for text in inputs)
+
+
+def test_questions_were_written_with_answers(scripts):
+    path = FOLDER / "questions.tsv"
+    rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()]
+    assert rows[0] == ["language", "question", "answers"]
+    assert len(rows) == 21
+    for _, question, answers in rows[1:]:
+        assert question.count("[MASK]") == len(answers.split("; "))
 
 
 def test_score_counts_exact_answers_by_relation(scripts):

@@ -17,12 +17,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command with `arguments` (those of the process by default) and return its exit code."""
     from glm_hf.cli.parser import build_parser
 
-    options = build_parser().parse_args(arguments)
+    parser = build_parser()
+    options, words = parser.parse_known_args(arguments)
+    if words and (options.take_words is None or any(word.startswith("-") for word in words)):
+        first = next((place for place, word in enumerate(words) if word.startswith("-")), 0)
+        parser.error(f"unrecognized arguments: {' '.join(words[first:])}")
     try:
         use_utf8()
         if options.registers:
             glm_hf.register()
             quiet_bars()
+        if words:
+            options.take_words(options, words)
         options.run(options)
         if sys.stdout is not None:
             sys.stdout.flush()  # here, where a full disk is an error

@@ -13,7 +13,13 @@ TP_SIZE = ("--tensor", "--tp", "--tp-size")
 
 
 def add_command(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], None], text: str, *, registers: bool = True
+    commands: Any,
+    name: str,
+    run: Callable[[argparse.Namespace], None],
+    text: str,
+    *,
+    registers: bool = True,
+    take_words: Callable[[argparse.Namespace, list[str]], None] | None = None,
 ) -> Any:
     """
     Add a subcommand.
@@ -24,9 +30,10 @@ def add_command(
         run: Function that takes the parsed options and does the work.
         text: Help in one sentence.
         registers: Whether GLM is made known to transformers before `run`, which takes longer than most imports.
+        take_words: Function that takes words that stand behind options, where more of them may come.
     """
     command = commands.add_parser(name, help=text, description=text)
-    command.set_defaults(run=run, registers=registers)
+    command.set_defaults(run=run, registers=registers, take_words=take_words)
     return command
 
 

@@ -4,6 +4,7 @@ import argparse
 
 import glm_hf
 from glm_hf.cli.checkpoints import add_convert, add_export_3d, add_export_sat, add_reshard, add_verify
+from glm_hf.cli.evaluate import add_evaluate
 from glm_hf.cli.fill import add_fill
 from glm_hf.cli.hub import add_export_hub
 from glm_hf.cli.plan import add_plan
@@ -22,7 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for add in (
         *(add_convert, add_quantize, add_analyze, add_export_sat, add_reshard, add_verify),
-        *(add_fill, add_serve, add_export_hub, add_plan, add_train, add_export_3d),
+        *(add_fill, add_evaluate, add_serve, add_export_hub, add_plan, add_train, add_export_3d),
     ):
         add(commands)
     return parser

@@ -3,6 +3,6 @@
 from glm_hf.decoding.decoder import Decoder
 from glm_hf.decoding.engine import Engine
 from glm_hf.decoding.fill import fill_texts
-from glm_hf.decoding.requests import Answer, Request, Sampling
+from glm_hf.decoding.requests import Answer, Layout, Request, Sampling
 
-__all__ = ["Answer", "Decoder", "Engine", "Request", "Sampling", "fill_texts"]
+__all__ = ["Answer", "Decoder", "Engine", "Layout", "Request", "Sampling", "fill_texts"]

@@ -53,7 +53,7 @@ class Decoder:
             Its answer, which grows by `advance`.
 
         Raises:
-            ValueError: If it has no `sop`, or does not fit.
+            ValueError: If it has no `sop` and no layout, or does not fit.
         """
         self.require_fitting(request)
         answer = Answer(request)
@@ -64,7 +64,9 @@ class Decoder:
     def require_fitting(self, request: Request) -> None:
         """Raise ValueError if a request cannot be decoded."""
         config, room = self.engine.config, self.room_for(request.input_ids)
-        if config.sop_token_id not in request.input_ids:
+        if request.layout is not None and self.engine.num_virtual:
+            raise ValueError("a layout of its own cannot stand behind the learned tokens of an adapter")
+        if request.layout is None and config.sop_token_id not in request.input_ids:
             raise ValueError("the ids of a request must hold a context and the start-of-blank token (sop)")
         if any(not 0 <= token_id < config.vocab_size for token_id in request.input_ids):
             raise ValueError(f"every token id must be from 0 to {config.vocab_size - 1}")
@@ -152,6 +154,7 @@ class Decoder:
             [answer.request.sampling for answer in chosen],
             [answer.request.num_logprobs for answer in chosen],
             [self._uniform(answer) for answer in chosen],
+            [answer.request.layout for answer in chosen],
         )
         self._take(chosen, choice)
 

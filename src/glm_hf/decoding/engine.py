@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from glm_hf.decoding.cache import SlotCache, round_up
-from glm_hf.decoding.requests import Sampling
+from glm_hf.decoding.requests import Layout, Sampling
 from glm_hf.decoding.sampling import CANDIDATES, Choice, Kinds, SlotSettings
 from glm_hf.infilling_glm import infilling_layout, mask_token_ids
 from glm_hf.peft_glm import num_virtual_tokens
@@ -94,6 +94,7 @@ class Engine:
         sampling: Sequence[Sampling],
         num_top: Sequence[int],
         uniforms: Sequence[float],
+        layouts: Sequence[Layout | None] | None = None,
     ) -> Choice:
         """
         Read rows that hold `sop`, whole and both ways, into slots, and choose their first tokens.
@@ -104,26 +105,45 @@ class Engine:
             sampling: Settings of each row.
             num_top: Number of most likely tokens to report of each row.
             uniforms: Random number of each row, above 0 and up to 1.
+            layouts: Of the rows that have one of their own.
         """
-        distinct = {tuple(row): index for index, row in enumerate(dict.fromkeys(map(tuple, rows)))}
-        padded, padding = self.base._pad_left([*distinct])
-        outputs = self.model(padded, attention_mask=padding, use_cache=True, logits_to_keep=1)
+        samples = [(tuple(row), layout) for row, layout in zip(rows, layouts or [None] * len(rows), strict=True)]
+        distinct = {sample: index for index, sample in enumerate(dict.fromkeys(samples))}
+        padded, attention_mask = self.base._pad_left([row for row, _ in distinct])
+        position_ids = None
+        if any(layout is not None for _, layout in distinct):
+            attention_mask, position_ids = self._lay_out([*distinct], padded.shape[1])
+        outputs = self.model(
+            padded, attention_mask=attention_mask, position_ids=position_ids, use_cache=True, logits_to_keep=1
+        )
         self.cache.reserve(self.num_virtual + padded.shape[1] + 1)
-        for row, slot, settings, number in zip(rows, slots, sampling, num_top, strict=True):
-            source = distinct[tuple(row)]
+        for sample, slot, settings, number in zip(samples, slots, sampling, num_top, strict=True):
+            (row, layout), source = sample, distinct[sample]
             self.cache.admit(slot, outputs[CACHE], source, self.num_virtual, len(row))
             self._lengths[slot] = self.num_virtual + len(row)
             self.settings.assign(slot, settings, number, row)
-            position, following = next_positions(row, self.config)
-            self.positions[slot] = self.num_virtual + position
-            self.increments[slot], self.in_use[slot] = following - position, 1
-        index = torch.tensor([distinct[tuple(row)] for row in rows], device=outputs.logits.device)
+            layout = layout or layout_of(row, self.config)
+            self.positions[slot] = self.num_virtual + layout.next_position
+            self.increments[slot], self.in_use[slot] = layout.increment, 1
+        index = torch.tensor([distinct[sample] for sample in samples], device=outputs.logits.device)
         where = torch.tensor(slots, device=self.device)
         logits = outputs.logits[index, -1].to(self.device)
         chances = torch.tensor(uniforms, dtype=torch.float, device=self.device)
         choice = self.settings.choose(logits, where, chances, self.settings.kinds(slots))
         self.tokens[where] = choice.ids
         return choice
+
+    def _lay_out(self, samples: Sequence[tuple[tuple[int, ...], Layout | None]], length: int) -> tuple[Tensor, Tensor]:
+        """Return a mask `(B, 1, L, L)` and positions `(B, L)` of rows padded on the left, by their layouts."""
+        visible = torch.zeros(len(samples), 1, length, length, dtype=torch.bool)
+        position_ids = torch.zeros(len(samples), length, dtype=torch.long)
+        for index, (row, layout) in enumerate(samples):
+            layout, first = layout or layout_of(row, self.config), length - len(row)
+            visible[index, 0, first:, first:] = torch.ones(len(row), len(row), dtype=torch.bool).tril()
+            visible[index, 0, first:, first : first + layout.num_context] = True
+            visible[index, 0, :first, first] = True  # padding has to see something
+            position_ids[index, first:] = torch.tensor(layout.position_ids)
+        return visible.to(self.device), position_ids.to(self.device)
 
     @torch.no_grad()
     def step(self, count: int, uniforms: Sequence[float]) -> Choice:
@@ -211,8 +231,9 @@ class Engine:
         return [self.tokens, self.positions, self.cache.lengths, self.settings.is_seen]
 
 
-def next_positions(row: Sequence[int], config: Any) -> tuple[int, int]:
-    """Return the positions of the next two tokens of a row that holds `sop`."""
+def layout_of(row: Sequence[int], config: Any) -> Layout:
+    """Return the layout of a row that holds `sop`, by the layout rule."""
     ids = torch.tensor([[*row, config.pad_token_id, config.pad_token_id]])
-    position, following = infilling_layout(ids, config)[0][0, -2:].tolist()
-    return position, following
+    position_ids, in_context = infilling_layout(ids, config)
+    *positions, position, following = position_ids[0].tolist()
+    return Layout(tuple(positions), int(in_context.sum()), position, following - position)

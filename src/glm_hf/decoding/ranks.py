@@ -9,7 +9,7 @@ import torch
 from torch import distributed
 
 from glm_hf.decoding.engine import Engine
-from glm_hf.decoding.requests import Sampling
+from glm_hf.decoding.requests import Layout, Sampling
 from glm_hf.decoding.sampling import Choice
 
 
@@ -35,11 +35,13 @@ class RankedEngine(Engine):
         sampling: Sequence[Sampling],
         num_top: Sequence[int],
         uniforms: Sequence[float],
+        layouts: Sequence[Layout | None] | None = None,
     ) -> Choice:
         """Read rows into slots, on all ranks."""
         settings = [asdict(each) for each in sampling]
-        self._tell("prefill", [list(row) for row in rows], list(slots), settings, list(num_top), list(uniforms))
-        return super().prefill(rows, slots, sampling, num_top, uniforms)
+        own = None if layouts is None else [layout and asdict(layout) for layout in layouts]
+        self._tell("prefill", [list(row) for row in rows], list(slots), settings, list(num_top), list(uniforms), own)
+        return super().prefill(rows, slots, sampling, num_top, uniforms, layouts)
 
     def step(self, count: int, uniforms: Sequence[float]) -> Choice:
         """Decode one token of the first `count` slots, on all ranks."""
@@ -66,6 +68,7 @@ class RankedEngine(Engine):
             name, *arguments = heard
             if name == "prefill":
                 arguments[2] = [sampling_of(settings) for settings in arguments[2]]
+                arguments[5] = arguments[5] and [layout and layout_from(layout) for layout in arguments[5]]
             getattr(super(), name)(*arguments)
 
     def _tell(self, *words: Any) -> None:
@@ -88,3 +91,8 @@ def sampling_of(settings: dict[str, Any]) -> Sampling:
     """Return the settings that `asdict` and JSON have made a dictionary."""
     bias = {int(token_id): value for token_id, value in settings["logit_bias"].items()}
     return Sampling(**{**settings, "logit_bias": bias})
+
+
+def layout_from(fields: dict[str, Any]) -> Layout:
+    """Return the layout that `asdict` and JSON have made a dictionary."""
+    return Layout(**{**fields, "position_ids": tuple(fields["position_ids"])})

@@ -26,6 +26,8 @@ class Sampling:
     """Seed of the request's own random draws, None for any."""
     logit_bias: dict[int, float] = field(default_factory=dict)
     """Summands of the logits of tokens."""
+    allows_blanks: bool = False
+    """Whether masks and `sop` may be chosen, which would start blanks of their own."""
 
     def __post_init__(self) -> None:
         """Raise ValueError if a setting is out of range."""
@@ -49,6 +51,19 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class Layout:
+    """Where the tokens of a row stand and what they see, where that is not what `infilling_layout` says of its ids."""
+
+    position_ids: tuple[int, ...]
+    num_context: int
+    """Number of first tokens, which all tokens see; the others are causal."""
+    next_position: int
+    """Of the token behind the row."""
+    increment: int
+    """From one new token to the next: 0 where they stand at their mask, else 1."""
+
+
+@dataclass(frozen=True)
 class Request:
     """A row to be continued: a context, `sop`, and what its blank begins with, if anything."""
 
@@ -61,6 +76,8 @@ class Request:
     """Function of the new tokens that tells whether to stop, besides end tokens."""
     on_token: Callable[["Answer"], None] | None = None
     """Function that is called after every token, and at the end."""
+    layout: Layout | None = None
+    """What overrules the layout rule."""
 
 
 @dataclass(eq=False)

@@ -51,7 +51,7 @@ class SlotSettings:
     Args:
         num_slots: Slots `R`.
         vocab_size: `V`.
-        never: Tokens that are never chosen.
+        never: Tokens that are never chosen, unless a slot allows blanks.
         device: Where the logits are.
     """
 
@@ -60,7 +60,7 @@ class SlotSettings:
         numbers = ("temperature", "top_p", "min_p", "repetition_penalty")
         self.numbers = {name: torch.ones(num_slots, 1, device=device) for name in numbers}
         self.top_k = torch.zeros(num_slots, 1, dtype=torch.long, device=device)
-        self.is_filtered = torch.zeros(num_slots, 1, dtype=torch.bool, device=device)
+        self.is_filtered, self.allows_blanks = torch.zeros(2, num_slots, 1, dtype=torch.bool, device=device)
         self.bias = torch.zeros(num_slots, vocab_size, device=device)
         self.is_seen = torch.zeros(num_slots, vocab_size, dtype=torch.bool, device=device)
         self._of_slots: list[tuple[Sampling, int] | None] = [None] * num_slots
@@ -71,7 +71,7 @@ class SlotSettings:
             values[slot] = getattr(sampling, name)
         vocab_size = self.bias.shape[1]
         self.top_k[slot] = min(sampling.top_k, vocab_size) or vocab_size
-        self.is_filtered[slot] = sampling.has_filters
+        self.is_filtered[slot], self.allows_blanks[slot] = sampling.has_filters, sampling.allows_blanks
         if self._is_biased(slot) or sampling.logit_bias:
             self.bias[slot] = 0
             for token_id, bias in sampling.logit_bias.items():
@@ -87,7 +87,8 @@ class SlotSettings:
 
     def move(self, source: int, target: int) -> None:
         """Move the settings of a slot to another."""
-        for values in (*self.numbers.values(), self.top_k, self.is_filtered, self.bias, self.is_seen):
+        flags = (self.is_filtered, self.allows_blanks, self.is_seen)
+        for values in (*self.numbers.values(), self.top_k, self.bias, *flags):
             values[target] = values[source]
         self._of_slots[target] = self._of_slots[source]
 
@@ -122,7 +123,8 @@ class SlotSettings:
             penalty = self.numbers["repetition_penalty"][rows]
             penalized = torch.where(allowed < 0, allowed * penalty, allowed / penalty)
             allowed = torch.where(self.is_seen[rows], penalized, allowed)
-        allowed = allowed.index_fill(1, self.never, -torch.inf)
+        kept = torch.where(self.allows_blanks[rows], allowed[:, self.never], -torch.inf)
+        allowed = allowed.index_copy(1, self.never, kept)
         ids = allowed.argmax(1, keepdim=True)  # (B, 1)
         if kinds.draws:
             temperature = self.numbers["temperature"][rows]

@@ -1,21 +1,17 @@
 """From the command to a running server: the model is loaded, on one process or on the ranks of torchrun."""
 
-import os
 import signal
 import socket
 import sys
 from ipaddress import ip_address
-from pathlib import Path
 from typing import Any
 
 import torch
 import uvicorn
-from transformers import AutoModelForCausalLM
 
-from glm_hf.conversion.formats.safetensors_reader import ModelFolder
+from glm_hf.conversion.loading import load, num_ranks
 from glm_hf.decoding import Decoder, Engine, Request
 from glm_hf.decoding.ranks import RankedEngine
-from glm_hf.folders.validation import find_folder, load_tokenizer, read_config, reading, require_matching_tokenizer
 from glm_hf.serving.app import build_app
 from glm_hf.serving.metrics import Metrics
 from glm_hf.serving.service import Settings
@@ -53,18 +49,12 @@ def serve(
         ValueError: If it is damaged, or the settings are out of range.
         OSError: If nobody can listen at the address.
     """
-    folder = find_folder(model)
-    read_config(folder)
-    ModelFolder(folder)
-    tokenizer = load_tokenizer(folder)
-    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    with reading(folder, "cannot be loaded"):
-        loaded = load_model(folder, num_ranks)
-    require_matching_tokenizer(tokenizer, loaded.config)
+    known = load(model)
+    loaded, tokenizer = known.model, known.tokenizer
     devices = {parameter.device for parameter in loaded.parameters()}
     is_on_one_gpu = len(devices) == 1 and loaded.device.type == "cuda"  # whose steps can be captured as graphs
     options: dict[str, Any] = {"num_slots": num_slots, "max_length": max_length, "is_static": is_on_one_gpu}
-    if num_ranks > 1:
+    if num_ranks() > 1:
         engine = RankedEngine(loaded, **options)
         if torch.distributed.get_rank() > 0:
             for number in (signal.SIGINT, signal.SIGTERM):  # rank 0 says when to end
@@ -77,18 +67,6 @@ def serve(
             engine.stop()
     else:
         run(Engine(loaded, **options), tokenizer, settings, listen(host, port), queue_size, seconds_to_finish)
-
-
-def load_model(folder: Path, num_ranks: int) -> Any:
-    """Return the model of a folder, or this rank's shard of it."""
-    if num_ranks > 1:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
-        placement: dict[str, Any] = {"distributed_config": {"tp_size": num_ranks, "tp_plan": "auto"}}
-    else:
-        placement = {"device_map": "auto"}
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False, **placement)
-    return model.eval()
 
 
 def listen(host: str, port: int) -> socket.socket:
