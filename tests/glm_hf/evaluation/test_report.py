@@ -2,12 +2,13 @@
 
 import copy
 import json
+import random
 
 import pytest
 from scipy import stats
 
 from glm_hf.evaluation.original.runs import run_task
-from glm_hf.evaluation.report.compare import compare, pairs_of
+from glm_hf.evaluation.report.compare import Pairs, compare, pairs_of
 from glm_hf.evaluation.report.figures import figures_of
 from glm_hf.evaluation.report.plots import plot_results
 from glm_hf.evaluation.report.published import published_figure
@@ -95,7 +96,7 @@ def test_a_table_marks_what_is_far_from_published_figures():
 def test_a_result_is_no_different_from_itself(results):
     lines = compare({"tasks": results}, {"tasks": results})
     assert len(lines) > 20
-    assert all(" +0.000" in line and "*" not in line for line in lines[1:])
+    assert all(" +0.000" in line and "*" not in line and "± 0.00" not in line for line in lines[1:])
 
 
 def flip(result, count):
@@ -110,20 +111,41 @@ def flip(result, count):
     return other, len(items)
 
 
-def test_items_that_changed_are_counted_and_their_interval_is_that_of_a_paired_test(results):
+def test_items_that_changed_are_counted(results):
     before = results["gen_greedy_mask"]
     after, count = flip(before, 5)
     lines = compare(before, after)
     (pairs,) = pairs_of(before, after).values()
     mean, reach = pairs.interval
-    differences = [second - first for first, second in pairs.scores]
     assert mean == pytest.approx(-5 / count)
-    low, high = stats.norm.interval(0.95, loc=mean, scale=stats.sem(differences))
-    assert (mean - reach, mean + reach) == pytest.approx((low, high), abs=1e-6)
     assert "gen_greedy_mask: 0 items right in B only, 5 in A only" in lines
     assert sum("B: something else" in line for line in lines) == 5
     em = next(line for line in lines if " EM " in line)
     assert em.endswith("*") is (abs(mean) > reach)
+
+
+@pytest.mark.parametrize("changed", [0.01, 0.04, 0.2])
+@pytest.mark.parametrize("bias", [0.5, 0.8])
+def test_intervals_hold_the_true_difference_at_least_as_often_as_they_say(changed, bias):
+    rng, held, count = random.Random(0), 0, 120
+    truth = changed * (2 * bias - 1)
+    for _ in range(400):
+        scores = []
+        for _ in range(count):
+            is_changed, is_better, is_right = (rng.random() < p for p in (changed, bias, 0.7))
+            scores.append((float(not is_better), float(is_better)) if is_changed else (float(is_right),) * 2)
+        mean, reach = Pairs(scores, []).interval
+        held += abs(mean - truth) <= reach
+    assert held / 400 >= 0.93
+
+
+def test_intervals_of_other_scores_are_those_of_the_mean():
+    rng = random.Random(1)
+    scores = [(rng.random(), rng.random()) for _ in range(50)]
+    mean, reach = Pairs(scores, []).interval
+    differences = [after - before for before, after in scores]
+    low, high = stats.norm.interval(0.95, loc=sum(differences) / 50, scale=stats.sem(differences))
+    assert (mean - reach, mean + reach) == pytest.approx((low, high), abs=1e-6)
 
 
 def test_items_of_the_harness_tell_what_was_chosen():

@@ -1,7 +1,8 @@
 """Two results side by side: how far their figures are apart, whether by more than chance, and on which items.
 
-Items are compared in pairs, so that what is hard for both counts for neither; the interval of a difference is that
-of the mean of the pairs' differences, two-sided at 95%.
+Items are compared in pairs, so that what is hard for both counts for neither. Intervals are two-sided at 95%: of items
+that are right or wrong those of Bonett and Price (2012), which hold for few changes, too; of other scores those of the
+mean of the pairs' differences.
 """
 
 import math
@@ -41,8 +42,11 @@ class Pairs:
     def interval(self) -> tuple[float, float]:
         """Return the mean difference of the second to the first, and how far its interval reaches to either side."""
         differences = [after - before for before, after in self.scores]
-        spread = stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.inf
-        return fmean(differences), Z * spread
+        if set(differences) <= {-1.0, 0.0, 1.0}:
+            count = len(differences) + 2
+            better, worse = ((differences.count(sign) + 1) / count for sign in (1.0, -1.0))
+            return fmean(differences), Z * math.sqrt((better + worse - (better - worse) ** 2) / count)
+        return fmean(differences), Z * stdev(differences) / math.sqrt(len(differences))
 
 
 def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:

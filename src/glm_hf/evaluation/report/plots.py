@@ -38,16 +38,24 @@ def plot_results(results: Sequence[Mapping[str, Any]], labels: Sequence[str], pa
     if not names:
         raise ValueError("there is no share, such as an accuracy, to draw")
     is_radar = FEWEST_SPOKES <= len(names) <= MOST_SPOKES
-    picture = Picture(figsize=(8, 8) if is_radar else (9, 1.2 + 0.32 * len(names) * len(drawn)), layout="constrained")
+    picture = Picture(figsize=(9, 8) if is_radar else (9, 1.2 + 0.32 * len(names) * len(drawn)), layout="constrained")
     if is_radar:
         axes = picture.add_subplot(projection="polar")
         angles = [2 * math.pi * place / len(names) for place in range(len(names))]
         for found, label, color in zip(drawn, labels, COLORS, strict=False):
             values = [found[name] for name in names]
             axes.plot([*angles, angles[0]], [*values, values[0]], label=label, color=color, marker="o", markersize=3)
-            axes.fill(angles, values, color=color, alpha=0.12)
+            axes.fill(angles, values, color=color, alpha=0.08)
         axes.set_xticks(angles, names, fontsize=8)
+        axes.tick_params(axis="x", pad=2)
+        for angle, text in zip(angles, axes.get_xticklabels(), strict=True):  # which begin, or end, at the circle
+            text.set_horizontalalignment(
+                "center" if abs(math.cos(angle)) < 0.1 else "left" if math.cos(angle) > 0 else "right"
+            )
         axes.set_ylim(0, 100)
+        axes.set_yticks(range(20, 101, 20))
+        axes.tick_params(axis="y", labelsize=7, labelcolor="0.45")
+        axes.set_rlabel_position(180 / len(names))
     else:
         axes = picture.add_subplot()
         height = 0.8 / len(drawn)
