@@ -229,7 +229,7 @@ class BeamSearch:
             logits[:, self.end_ids] = BANNED
         for index, beam in enumerate(row.beams):
             banned = [prefix[-1] for prefix in settings.banned_prefixes if tuple(beam) == prefix[:-1]]
-            if size > 0 and row.padded_length + step > size:
+            if size > 0:
                 banned += row.bans[index].get(self._last(row, beam, size - 1), ())
             if banned:
                 logits[index, banned] = BANNED
@@ -238,10 +238,10 @@ class BeamSearch:
         """Return the last tokens of a beam, with those of its padded context before."""
         padding = [self.config.pad_token_id] * (row.padded_length - len(row.row))
         tokens = beam if len(beam) >= count else [*row.row, *padding, *beam]
-        return tuple(tokens[len(tokens) - count :])
+        return tuple(tokens[max(len(tokens) - count, 0) :])
 
     def _end(self, row: RunningRow, beam: list[int], score: float) -> None:
-        """Put an ended beam where it belongs; behind others of the same score."""
+        """Put an ended beam where it belongs; before others of the same score."""
         length = self._length(row, len(beam))
         ended = Beam(beam, length, self._penalized(score, length))
         place = len(row.ended)

@@ -73,6 +73,15 @@ def test_options_overrule_the_task_file(run, tmp_path):
     assert task["score_eop"]
 
 
+def test_windows_move_as_the_option_says(run, tmp_path):
+    path = GOLDEN / "lm_bidirectional_short" / "task.yaml"
+    for length in (16, 40):
+        options = ("--generation-length", length, "--output", tmp_path / f"{length}.json")
+        assert run("evaluate", MODEL, "--task-file", path, *options)[0] == 0
+    few, many = (len(next(iter(read(tmp_path / f"{length}.json")["items"].values()))) for length in (40, 16))
+    assert few < many
+
+
 def test_the_facts_of_the_demonstration_model_are_tasks(run, tmp_path):
     pytest.importorskip("lm_eval")
     code, out, _ = run(

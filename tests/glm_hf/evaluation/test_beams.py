@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from glm_hf import GLMConfig, GLMForBlankInfilling
-from glm_hf.evaluation.beams import BeamSettings, search_beams
+from glm_hf.evaluation.beams import BeamSearch, BeamSettings, RunningRow, search_beams
 from glm_hf.evaluation.samples import Rule, generation_row
 
 SETTINGS = BeamSettings(num_beams=3, no_repeat_ngram_size=0, max_gen_length=3)
@@ -93,6 +93,14 @@ def test_beams_do_not_depend_on_company(tiny, settings):
         for beam, other in zip(found, expected, strict=True):
             assert beam.score == pytest.approx(other.score, abs=1e-6)
             assert math.isfinite(beam.score)
+
+
+def test_of_equal_scores_the_later_beam_comes_first(tiny):
+    row = RunningRow(*next(rows(tiny, 1)), 32)
+    search = BeamSearch(tiny, [row], replace(SETTINGS, length_penalty=0.0), ())
+    for ids, score in (([1], -1.0), ([2], -2.0), ([3], -1.0), ([11], -3.0)):
+        search._end(row, ids, score)
+    assert [beam.ids for beam in row.ended] == [[3], [1], [2]]
 
 
 def test_a_score_is_that_of_its_tokens(tiny):

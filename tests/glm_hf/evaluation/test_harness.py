@@ -186,6 +186,14 @@ def test_unknown_settings_of_answers_are_refused(evaluator):
         GLMHarness(evaluator=evaluator).generate_until([request], disable_tqdm=True)
 
 
+def test_the_blank_that_joins_a_continuation_is_no_part_of_it(evaluator, monkeypatch):
+    seen, tokenize = [], evaluator.tokenize
+    monkeypatch.setattr(evaluator, "tokenize", lambda text: seen.append(text) or tokenize(text))
+    requests = asked([{"inputs_pretokenized": "It is [MASK].", "choices_pretokenized": ["a", "b c"]}])
+    GLMHarness(evaluator=evaluator).loglikelihood(requests, disable_tqdm=True)
+    assert sorted(seen) == ["It is [MASK].", "a", "b c"]
+
+
 def test_means_of_tokens_if_asked_for(evaluator):
     requests = asked([{"inputs_pretokenized": "It is [MASK].", "choices_pretokenized": ["a", "the city of Paris"]}])
     sums = GLMHarness(evaluator=evaluator).loglikelihood(requests, disable_tqdm=True)

@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
 from glm_hf.evaluation.samples import Rule, choice_sample, single_token_sample
-from glm_hf.evaluation.scoring import Scorer
+from glm_hf.evaluation.scoring import TOKENS_AT_ONCE, Scorer
 
 RULES = [
     Rule("[MASK]", max_length=512),
@@ -87,6 +87,18 @@ def test_rows_score_the_same_in_any_batch(batch_size, loaded):
         for choice, same in zip(scores, other, strict=True):
             assert choice == pytest.approx(same, abs=2e-4)
     assert sorted(found) == list(range(20))
+
+
+def test_batches_have_as_many_rows_as_fit(loaded):
+    model, _ = loaded
+    samples = [choice_sample([100] * (1 + number % 60), [[100]], RULES[0], model.config) for number in range(300)]
+    lengths = [len(sample.input_ids) for sample in samples]
+    batches = list(Scorer(model).batches(samples))
+    assert all(len(batch) * max(lengths[number] for number in batch) <= TOKENS_AT_ONCE for batch in batches)
+    assert len(batches) < 2 * sum(lengths) / TOKENS_AT_ONCE
+    assert max(map(len, Scorer(model, 7).batches(samples))) == 7
+    longest = [choice_sample([100] * 3000, [[100]], Rule(max_length=4000), model.config)] * 2
+    assert list(map(len, Scorer(model).batches(longest))) == [1, 1]
 
 
 def test_a_choice_is_greedy_if_the_model_would_write_it(loaded):
