@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,11 +38,7 @@ def load(name: str, *, dtype: str = "auto", bits: int | None = None, device: str
         FileNotFoundError: If there is no such model, or a file is missing.
         ValueError: If it is not a GLM-130B model, or damaged.
     """
-    folder = base = find_folder(name)
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():  # of PEFT
-        base = find_folder(str(read_json(folder / "adapter_config.json").get("base_model_name_or_path")))
-    weights = ModelFolder(base)
-    tokenizer = load_tokenizer(folder if (folder / "tokenizer.json").is_file() else base)
+    folder, weights, tokenizer = look_at(name)
     options: dict[str, Any] = placement(device)
     if bits is not None:
         options["quantization_config"] = GLMQuantizationConfig(bits=bits)
@@ -52,6 +49,23 @@ def load(name: str, *, dtype: str = "auto", bits: int | None = None, device: str
     stats = {name: (status.st_size, status.st_mtime_ns) for name, status in files.items()}
     origin = {"folder": str(folder), "files": stats, "weights": weights.sources, "dtype": dtype, "bits": bits}
     return Loaded(model.eval(), tokenizer, {**origin, "config": model.config.to_diff_dict()})
+
+
+def look_at(name: str) -> tuple[Path, ModelFolder, Any]:
+    """
+    Return the folder of a model or an adapter, what is known of its model's weights, and its tokenizer.
+
+    Args:
+        name: Folder or Hub name of a model, or folder of an adapter.
+
+    Raises:
+        FileNotFoundError: If there is no such folder, or a file is missing.
+        ValueError: If it is not a GLM-130B model, or damaged.
+    """
+    folder = base = find_folder(name)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():  # of PEFT
+        base = find_folder(str(read_json(folder / "adapter_config.json").get("base_model_name_or_path")))
+    return folder, ModelFolder(base), load_tokenizer(folder if (folder / "tokenizer.json").is_file() else base)
 
 
 def num_ranks() -> int:

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +51,12 @@ def add_task_files(command: Any) -> None:
 def add_results(command: Any) -> None:
     """Add the options of what becomes of results."""
     group = command.add_argument_group("results")
-    group.add_argument(
-        "--output", type=Path, metavar="FILE", help="JSON file; a run that was ended goes on from there"
-    )
+    group.add_argument("--output", type=Path, metavar="FILE", help="JSON file; an interrupted run is resumed")
     group.add_argument("--plot", type=Path, metavar="FILE", help="PNG with the shares of all groups")
     group.add_argument(
         "--compare", type=Path, nargs=2, metavar=("A", "B"), help="two JSON files to set side by side, without a model"
     )
-    group.add_argument("--no-resume", action="store_true", help="discard what an ended run has found")
+    group.add_argument("--no-resume", action="store_true", help="discard what an interrupted run has found")
 
 
 def add_loading(command: Any) -> None:
@@ -122,6 +119,7 @@ def evaluate(options: argparse.Namespace) -> None:
         return show_comparison(options)
     if options.model is None:
         raise ValueError("give a model, and tasks or task files; or two results to --compare")
+    from glm_hf.conversion.loading import rank
     from glm_hf.evaluation.evaluate import Settings, find_task_files
     from glm_hf.evaluation.evaluate import evaluate as run
 
@@ -149,7 +147,7 @@ def evaluate(options: argparse.Namespace) -> None:
         of_harness=harness_arguments(options),
     )
     result = run(options.model, names, files, options.data_dir, settings, journal)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if rank() == 0:
         show(result, options)
         if journal is not None:
             journal.unlink(missing_ok=True)

@@ -73,14 +73,10 @@ def load_pipeline(model: str) -> Any:
     """
     from transformers import pipeline
 
-    from glm_hf.conversion.formats.safetensors_reader import ModelFolder
-    from glm_hf.folders.validation import find_folder, load_tokenizer, read_json, reading
+    from glm_hf.conversion.loading import look_at
+    from glm_hf.folders.validation import reading
 
-    folder = weights = find_folder(model)
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():  # of PEFT
-        weights = find_folder(str(read_json(folder / "adapter_config.json").get("base_model_name_or_path")))
-    ModelFolder(weights)
-    tokenizer = load_tokenizer(folder if (folder / "tokenizer.json").is_file() else weights)
+    folder, _, tokenizer = look_at(model)
     with reading(folder, "cannot be loaded"):
         return pipeline(
             "fill-mask",

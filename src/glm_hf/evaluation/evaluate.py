@@ -56,7 +56,7 @@ def evaluate(
         task_files: Task files of the original.
         data_dir: Folder of their data.
         settings: How.
-        journal: File that keeps what is known of rows, by which an ended run goes on.
+        journal: File that keeps what is known of rows, from which an interrupted run resumes.
 
     Returns:
         The result: what was evaluated and how, `tasks` by name (or the fields of the task where there is one file and

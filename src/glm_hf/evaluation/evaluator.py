@@ -180,7 +180,7 @@ class Evaluator:
         on_row: OnRow | None = None,
     ) -> list[Continuation]:
         """
-        Return how every row goes on, greedily by default.
+        Return the continuation of every row, greedy by default.
 
         Args:
             rows: Ids and layout of each row.
@@ -192,7 +192,7 @@ class Evaluator:
         for row, _ in rows:
             self.require_room(row, max_new_tokens)
         settings = (max_new_tokens, asdict(sampling), list(stops))
-        pending = Pending(self.journal, (("go on", row, asdict(layout), *settings) for row, layout in rows), on_row)
+        pending = Pending(self.journal, (("generate", row, asdict(layout), *settings) for row, layout in rows), on_row)
 
         def is_stopped(ids: Sequence[int]) -> bool:
             text = self.decode(ids)

@@ -67,7 +67,7 @@ class GLMHarness(TemplateLM):
         normalize: `none` for the sum of the tokens' log-probabilities, `tokens` for their mean.
         max_length: Most tokens of a row; by default the model's window.
         generation_length: Tokens from one window of a text to the next.
-        journal: File that keeps what is known of rows, by which an ended run goes on.
+        journal: File that keeps what is known of rows, from which an interrupted run resumes.
         max_batch_size: Taken and not used; the harness passes it.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What is known of rows from before: a file that grows by a line for each, and is read again after an end by force."""
+"""Results of rows, kept in a file that grows by a line for each and is read when an interrupted run resumes."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""What an ended run has found is not asked again."""
+"""What an interrupted run has found is not computed again."""
 
 import json
 

@@ -40,7 +40,7 @@ def plot_results(results: Sequence[Mapping[str, Any]], labels: Sequence[str], pa
     is_radar = FEWEST_SPOKES <= len(names) <= MOST_SPOKES
     picture = Picture(figsize=(9, 8) if is_radar else (9, 1.2 + 0.32 * len(names) * len(drawn)), layout="constrained")
     if is_radar:
-        axes = picture.add_subplot(projection="polar")
+        axes: Any = picture.add_subplot(projection="polar")
         angles = [2 * math.pi * place / len(names) for place in range(len(names))]
         for found, label, color in zip(drawn, labels, COLORS, strict=False):
             values = [found[name] for name in names]
