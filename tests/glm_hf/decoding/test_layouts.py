@@ -1,5 +1,6 @@
 """Requests with a layout of their own, beside others."""
 
+import copy
 import random
 from dataclasses import replace
 
@@ -109,7 +110,7 @@ def test_rows_without_sop_need_a_layout():
 
 def test_learned_tokens_in_front_leave_no_place_for_a_layout():
     settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-    model = peft.get_peft_model(golden_model("cfg1"), settings).eval()
+    model = peft.get_peft_model(copy.deepcopy(golden_model("cfg1")), settings).eval()
     decoder = Decoder(Engine(model, 1))
     with pytest.raises(ValueError, match="learned tokens of an adapter"):
         decoder.submit(Request([1, 2, 3], layout=Layout((0, 1, 2), 1, 3, 1)))

@@ -1,5 +1,6 @@
 """Rows with all choices against one row per choice, by the model's own layout."""
 
+import copy
 import random
 
 import pytest
@@ -115,10 +116,11 @@ def test_adapters_score_but_for_learned_tokens_in_front(loaded):
     model, _ = loaded
     samples = [choice_sample(*case, RULES[0], model.config) for case in questions(model.config, 3)]
     expected = Scorer(model).score(samples)
-    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["query_key_value"]))
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["query_key_value"])
+    adapted = get_peft_model(copy.deepcopy(model), lora)
     assert Scorer(adapted.eval()).score(samples) == expected  # B is zero at first
-    adapted.unload()
-    prompted = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    prompts = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    prompted = get_peft_model(copy.deepcopy(model), prompts)
     with pytest.raises(ValueError, match="learned tokens"):
         Scorer(prompted)
 
