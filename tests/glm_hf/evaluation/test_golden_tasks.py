@@ -1,6 +1,9 @@
 """Tasks as the code released with GLM-130B ran them: every id, position, mask, score, prediction and metric."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -73,3 +76,16 @@ def test_fields_and_files_of_a_task_are_the_originals(name):
 
 def test_all_tasks_are_there():
     assert len(TASKS) == 26
+
+
+def test_two_ranks_give_what_the_original_gives(tmp_path):
+    names = ("mul_mask_multi", "gen_beam_mask", "gen_greedy_batched", "lm_bidirectional_short")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    tasks = [f"{name}/task" for name in names]
+    command = ["-m", "glm_hf.cli", "evaluate", GOLDEN / "model", *tasks, "--tasks-dir", GOLDEN, "--data-dir", GOLDEN]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*torchrun, *command, "--output", tmp_path / "result.json"], check=True, env=environment)
+    result = json.loads((tmp_path / "result.json").read_text())
+    for name, found in zip(names, result["tasks"].values(), strict=True):
+        expected = json.loads((GOLDEN / name / "expected.json").read_text())
+        assert list(differences(expected, found)) == [], name
