@@ -15,7 +15,7 @@ OLDEST_TESTS := tests/glm_hf/test_golden_*.py tests/glm_hf/test_*_glm.py tests/g
         tests/glm_hf/decoding tests/quantization tests/test_main_road.py
 
 .PHONY: install demo test test-oldest quality clean fuzz kill \
-        bench bench-startup bench-checkpoints bench-conversion bench-int4 bench-bias bench-step-kernels bench-decode bench-data bench-train-step bench-training-memory bench-serve bench-evaluate soak
+        bench bench-startup bench-checkpoints bench-conversion bench-int4 bench-bias bench-step-kernels bench-decode bench-data bench-train-step bench-training-memory bench-serve bench-evaluate bench-onnx soak
 
 install: $(INSTALLED)
 
@@ -110,6 +110,10 @@ bench-serve: $(INSTALLED)
 # A minute
 bench-evaluate: $(INSTALLED)
 	$(BIN)/python benchmarks/evaluate.py
+
+# Some minutes, 3 GB of memory and 1 GB of disk
+bench-onnx: $(INSTALLED)
+	$(BIN)/python benchmarks/onnx_graph.py
 
 # Seven minutes, 5 GB of memory
 bench-training-memory: $(INSTALLED)

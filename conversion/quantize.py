@@ -60,7 +60,7 @@ def quantize_checkpoint(
     source = ModelFolder(src)
     if source.quantization is not None:
         raise ValueError(f"{src} is quantized to int{source.bits} already; quantize the model that is not")
-    stored, dtype = source.tensors, _dtype(source)
+    stored, dtype = source.tensors, loaded_dtype(source)
     shards = plan_shards(made_together(model_tensors(source.config, dtype, quantization)), max_shard_size)
 
     finite = FiniteWeights(strict=True)
@@ -84,7 +84,7 @@ def quantize_checkpoint(
     )
 
 
-def _dtype(source: ModelFolder) -> torch.dtype:
+def loaded_dtype(source: ModelFolder) -> torch.dtype:
     """Return the dtype in which `from_pretrained` loads the model: that of the config, else of the first tensor."""
     dtype = source.config.dtype or next(iter(source.tensors.values())).dtype
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "src" / "glm_hf"
 ORDER = (
     ("cli",),
     ("glm_hf",),  # the package's own __init__
-    ("serving", "planning", "evaluation"),
+    ("serving", "planning", "evaluation", "onnx"),
     ("training",),
     ("conversion",),
     ("quantization",),
@@ -39,12 +39,15 @@ DEFERRED = {
     *(f"glm_hf.serving.{name}" for name in ("app", "chat", "completions", "guard", "launch", "metrics", "protocol")),
     *(f"glm_hf.serving.{name}" for name in ("service", "text", "worker")),
     "glm_hf.evaluation.harness",
+    "glm_hf.onnx.graph",
+    "glm_hf.onnx.weights",
     *(f"glm_hf.evaluation.tasks.{name}" for name in ("fewclue.docs", "language.docs", "world_facts.data")),
 }
 # What the package's own __init__ has for all rooms.
 OF_THE_PACKAGE = {"glm_hf.__version__", "glm_hf.lazy_names"}
 OPTIONAL = {
     *("triton", "deepspeed", "peft", "lm_eval", "datasets", "sentencepiece", "matplotlib", "trl"),
+    *("onnx", "onnxruntime", "optimum"),
     *("fastapi", "starlette", "pydantic", "uvicorn", "prometheus_client", "openai"),
 }
 
@@ -223,6 +226,7 @@ def test_wheel_contains_every_room_and_nothing_else(tmp_path, has_compiler):
         expected.add("glm_hf/quantization/_kernels_cpu.abi3.so")
         assert "-cp311-abi3-" in wheel.name
     expected |= {f"glm_hf/world_facts/{name}" for name in WORLD_FACTS}
+    expected.add("optimum/commands/register/register_glm.py")
     expected |= {f"glm_hf/serving/page/{name}" for name in ("index.html", "page.css", "page.js")}
     tasks = [path for suffix in ("yaml", "jsonl") for path in (PACKAGE / "evaluation" / "tasks").rglob(f"*.{suffix}")]
     assert len(tasks) > 40

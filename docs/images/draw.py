@@ -28,6 +28,7 @@ ROOMS = (
         ("serving", "OpenAI-compatible server"),
         ("evaluation", "tasks, scores, reports"),
         ("planning", "devices, memory, runs"),
+        ("onnx", "graph, export, runtime"),
     ),
     (
         ("training", "arguments, trainers, schedules"),

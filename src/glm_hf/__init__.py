@@ -81,6 +81,8 @@ def register() -> None:
 
     from glm_hf.configuration_glm import GLMConfig
     from glm_hf.modeling_glm import GLMForBlankInfilling, GLMForMaskedLM, GLMModel
+    from glm_hf.onnx.configuration import GLMONNXConfig
+    from glm_hf.onnx.runtime import ORTGLMForBlankInfilling
     from glm_hf.pipelines import register_pipelines
     from glm_hf.quantization.quantizer import register_quantizer
     from glm_hf.tokenization_glm import GLMTokenizer
@@ -99,6 +101,10 @@ def register() -> None:
     if AutoModelForDecision is not None:  # where `transformers serve` looks
         AutoModelForDecision.register(GLMConfig, GLMForBlankInfilling, exist_ok=True)
     transformers.AutoTokenizer.register(GLMConfig, tokenizer_class=GLMTokenizer, exist_ok=True)
+    transformers.AutoConfig.register("glm130b_onnx", GLMONNXConfig, exist_ok=True)
+    for auto_class in (transformers.AutoModelForCausalLM, transformers.AutoModelForMaskedLM):
+        auto_class.register(GLMONNXConfig, ORTGLMForBlankInfilling, exist_ok=True)
+    transformers.AutoTokenizer.register(GLMONNXConfig, tokenizer_class=GLMTokenizer, exist_ok=True)
     register_pipelines()
     register_quantizer()
 

@@ -7,7 +7,7 @@ Nothing in a folder is run: its model type is looked at before any class of tran
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from glm_hf.tokenization_glm import GLMTokenizer
 INDEX = "model.safetensors.index.json"
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+", re.ASCII)
-MODEL_FILES = ["*.json", "*.jinja", "*.safetensors"]
+MODEL_FILES = ("*.json", "*.jinja", "*.safetensors")
 """What is downloaded of a model: no file that could be run."""
 MOST_BYTES = 256 * 2**20
 """Largest JSON or YAML file that is read; the index of GLM-130B has 0.1 MB, its tokenizer 10 MB."""
@@ -39,9 +39,14 @@ GENERATION_KINDS = (
 )
 
 
-def find_folder(model: str | Path) -> Path:
+def find_folder(model: str | Path, patterns: Sequence[str] = MODEL_FILES, **downloads: Any) -> Path:
     """
     Return the folder of a model: itself, or where its files of data are in the Hub's cache, downloaded if need be.
+
+    Args:
+        model: Folder, or name on the Hub.
+        patterns: Names of the files that are downloaded.
+        **downloads: Other arguments of huggingface_hub's `snapshot_download`, such as `revision`.
 
     Raises:
         FileNotFoundError: If it is neither a folder nor a name on the Hub.
@@ -53,7 +58,7 @@ def find_folder(model: str | Path) -> Path:
         raise FileNotFoundError(f"there is no folder {model}, and it is not a Hub name (owner/name)")
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(str(model), allow_patterns=MODEL_FILES))
+    return Path(snapshot_download(str(model), allow_patterns=list(patterns), **downloads))
 
 
 @contextmanager

@@ -1,0 +1,262 @@
+"""Run an exported graph in onnxruntime, as a model of transformers.
+
+What tokens see and where they stand is derived as for the torch model, by the same code; the graph computes the
+layers. Keys and values of a cache are handed to it as they lie in memory, and new ones are written behind them.
+
+Shapes: `B` batch, `L` new tokens, `S` all tokens with those in the cache, `C` tokens that a cache has room for, `H`
+heads, `K` head dim, `V` vocabulary.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from glm_hf.folders.validation import find_folder
+from glm_hf.infilling_glm import pad_left
+from glm_hf.masking_glm import infilling_attention
+from glm_hf.modeling_glm import GLMForBlankInfilling, GLMPreTrainedModel
+from glm_hf.onnx.configuration import GLMONNXConfig
+from glm_hf.onnx.rooms import make_rooms
+from glm_hf.onnx.session import GraphSession, read_graph_config
+from glm_hf.positions_glm import Mask, kept_states, remember_layout, require_known_packing
+from glm_hf.versions_glm import CACHE, one_cache, require_known_cache
+
+NOT_IN_GRAPH = "an exported graph takes input_ids and gives logits and the cache; use the torch model for"
+GRAPH_FILES = ("*.json", "*.jinja", "model.onnx", "model.onnx.data")
+"""What is downloaded of an exported folder."""
+LEAST_VISIBLE = -1e4
+"""Below it a number of an additive mask hides a token, as it does in fp16 and fp32 alike."""
+PLAIN_SETTINGS: dict[str, tuple[Any, ...]] = {
+    "device_map": ("auto", "cpu", -1),
+    "attn_implementation": ("sdpa",),
+    "use_safetensors": (True,),
+    "low_cpu_mem_usage": (True,),
+    "trust_remote_code": (True,),
+}
+"""Settings of `from_pretrained`, and their values, that change nothing of a graph; so does nothing that is empty."""
+OF_DOWNLOADS = ("revision", "cache_dir", "local_files_only", "force_download", "token")
+OF_AUTO_CLASSES = ("code_revision", "adapter_kwargs")
+FIXED = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+    *("max_position_embeddings", "layer_norm_eps", "rope_parameters", "rope_dtype", "tie_word_embeddings"),
+)
+"""Fields of the configuration that an export has written into the graph."""
+
+
+class ORTGLMForBlankInfilling(GLMForBlankInfilling):
+    """
+    An exported graph in the place of `GLMForBlankInfilling`: `generate`, `fill_blanks`, pipelines and servers.
+
+    It computes on the CPU, has no weights that torch knows, and cannot be trained.
+
+    Args:
+        config: Configuration of the model.
+        session: The graph.
+    """
+
+    config_class = GLMONNXConfig
+    config: GLMONNXConfig
+
+    def __init__(self, config: GLMONNXConfig, session: GraphSession) -> None:
+        GLMPreTrainedModel.__init__(self, config)
+        self.session = session
+        self.loss_type = "ForCausalLM"
+        self.stop_at_end_of_blank()
+        self.eval()
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, config: Any = None, **kwargs: Any) -> "ORTGLMForBlankInfilling":
+        """
+        Open a folder that `export_onnx` has written.
+
+        Args:
+            folder: Folder, or name on the Hub.
+            config: Configuration, by default that of the folder.
+            **kwargs: Of the settings of transformers those that leave the model as it is.
+
+        Raises:
+            ModuleNotFoundError: If onnxruntime is missing.
+            FileNotFoundError: If a file is missing.
+            ValueError: If the folder holds no such graph, this onnxruntime cannot run it, or a setting asks for
+                another device, dtype or quantization than that of the graph.
+        """
+        dtypes = [kwargs.pop(name, None) for name in ("dtype", "torch_dtype")]
+        downloads = {name: kwargs.pop(name) for name in OF_DOWNLOADS if name in kwargs}
+        for name, value in kwargs.items():
+            is_plain = not value or value in PLAIN_SETTINGS.get(name, ())
+            if not (is_plain or name in OF_AUTO_CLASSES or name.startswith("_")):
+                raise ValueError(f"{name}={value} is no setting of an exported graph, which runs on the CPU as it is")
+        folder = find_folder(folder, GRAPH_FILES, **downloads)
+        of_folder = read_graph_config(folder)
+        config = of_folder if config is None else config
+        for name in FIXED:
+            if getattr(config, name) != getattr(of_folder, name):
+                raise ValueError(f"{name} is fixed in the graph; export the model again with another")
+        model = cls(config, GraphSession(folder))
+        for dtype in dtypes:
+            if dtype not in (None, "auto", model.dtype, str(model.dtype).removeprefix("torch.")):
+                raise ValueError(f"the graph computes in {model.dtype}; leave out dtype={dtype}, or export again")
+        model.name_or_path = str(folder)
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        return model
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Copy the graph with its weights and settings to another folder."""
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        self.session.copy_to(Path(save_directory))
+        self.config.save_pretrained(save_directory)
+        self.generation_config.save_pretrained(save_directory)
+
+    @property
+    def device(self) -> torch.device:
+        """The CPU."""
+        return torch.device("cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the logits and the cache."""
+        return self.session.dtype
+
+    def to(self, *args: Any, **kwargs: Any) -> "ORTGLMForBlankInfilling":
+        """Return the model; ValueError if it is to go to another device or dtype."""
+        device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
+        if (device is not None and device.type != "cpu") or dtype not in (None, self.dtype):
+            raise ValueError(
+                f"an exported graph runs on the CPU in {self.dtype}; use the torch model, or export again"
+            )
+        return self
+
+    def half(self, *args: Any) -> "ORTGLMForBlankInfilling":
+        """Return the model; ValueError unless the graph computes in fp16."""
+        return self.to(torch.float16)
+
+    def float(self, *args: Any) -> "ORTGLMForBlankInfilling":
+        """Return the model; ValueError unless the graph computes in fp32."""
+        return self.to(torch.float32)
+
+    def bfloat16(self, *args: Any) -> "ORTGLMForBlankInfilling":
+        """Raise ValueError: no graph computes in bf16."""
+        return self.to(torch.bfloat16)
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Tie nothing: weights lie in the graph."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Raise ValueError: weights lie in the graph."""
+        raise ValueError(f"{NOT_IN_GRAPH} embeddings")
+
+    def _pad_left(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        return pad_left(rows, self.config.pad_token_id)
+
+    @torch.no_grad()
+    def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
+        """Generate as `GLMForBlankInfilling` does; ValueError for embeddings instead of ids, or on another device."""
+        if kwargs.get("inputs_embeds") is not None:
+            raise ValueError(f"{NOT_IN_GRAPH} inputs_embeds")
+        return super().generate(inputs, generation_config, **kwargs)
+
+    @can_return_tuple
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Mask = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        segment_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        cache: Cache | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """
+        Predict the token after each, as `GLMForBlankInfilling.forward` does.
+
+        Args:
+            input_ids: `(B, L)` token ids.
+            attention_mask: As there; of additive masks, numbers up to -10,000 hide a token and 0 shows it.
+            position_ids: As there, below `max_position_embeddings`.
+            past_key_values: A `DynamicCache`, or the decoder's cache of slots.
+            segment_ids: As there.
+            inputs_embeds: None; the graph begins with ids.
+            labels: As there; no gradient flows from the loss.
+            use_cache: As there.
+            logits_to_keep: As there.
+            cache: Name of `past_key_values` from transformers 5.24 on.
+            **kwargs: Arguments of the loss.
+
+        Raises:
+            ValueError: If something is asked for that the graph does not hold, or a position lies beyond its tables.
+        """
+        if input_ids is None or inputs_embeds is not None:
+            raise ValueError(f"{NOT_IN_GRAPH} inputs_embeds")
+        for name in ("output_hidden_states", "output_attentions"):
+            if kwargs.get(name, getattr(self.config, name, False)):
+                raise ValueError(f"{NOT_IN_GRAPH} {name}")
+        if self.training and labels is not None:
+            raise ValueError(f"{NOT_IN_GRAPH} training")
+        require_known_cache(kwargs, "the model")
+        require_known_packing(kwargs, position_ids, segment_ids)
+        used = one_cache(past_key_values, cache)
+        if used is None and (self.config.use_cache if use_cache is None else use_cache):
+            used = DynamicCache()
+        batch, length = input_ids.shape
+        sizes = torch.empty(batch, length, 0, dtype=self.dtype)  # as embeddings have them
+        attention = infilling_attention(self.config, input_ids, sizes, attention_mask, position_ids, used, segment_ids)
+        positions = attention.position_ids.expand(batch, length)
+        if positions.numel() and int(positions.max()) >= self.config.max_position_embeddings:
+            raise ValueError(
+                f"position {int(positions.max())} lies beyond the {self.config.max_position_embeddings} of the graph"
+            )
+        rooms = make_rooms(used, self.config, batch, length, self.dtype)
+        visible = visible_tokens(attention.mask, attention.context_length, length, rooms.num_tokens)
+        num_logits = logits_to_keep if isinstance(logits_to_keep, int) and 0 < logits_to_keep < length else length
+        logits = self.session.run(
+            input_ids,
+            positions,
+            nn.functional.pad(visible, (0, rooms.capacity - visible.shape[-1])).expand(batch, -1, -1, -1),
+            rooms,
+            num_logits,
+        )
+        if used is not None and attention.fills_cache:
+            remember_layout(used, input_ids, attention.position_ids, attention.in_context, self.config)
+        logits = logits if isinstance(logits_to_keep, int) else kept_states(logits, logits_to_keep)
+        loss = None
+        if labels is not None or kwargs.get("shift_labels") is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: used})
+
+
+def visible_tokens(mask: Mask, context_length: int | None, length: int, num_tokens: int) -> Tensor:
+    """
+    Return what each new token sees, `(B or 1, 1, L, S)`; one that would see nothing sees all, as in torch.
+
+    Args:
+        mask: Mask of the attention implementation sdpa, of the rows behind the context only where that is given.
+        context_length: Tokens in front that see exactly each other.
+        length: New tokens `L`.
+        num_tokens: All tokens `S`.
+    """
+    if mask is None:
+        visible = torch.ones(1, 1, length - (context_length or 0), num_tokens, dtype=torch.bool)
+        visible = visible.tril(num_tokens - visible.shape[2])
+    elif isinstance(mask, Tensor) and mask.dtype == torch.bool:
+        visible = mask
+    elif isinstance(mask, Tensor) and bool(((mask == 0) | (mask <= LEAST_VISIBLE)).all()):
+        visible = mask == 0
+    else:
+        raise ValueError("an exported graph takes masks that show a token or hide it; pass 1 and 0, or True and False")
+    if context_length:
+        context = torch.arange(num_tokens).expand(len(visible), 1, context_length, -1) < context_length
+        visible = torch.cat((context, visible), dim=2)
+    return visible | ~visible.any(-1, keepdim=True)
