@@ -82,7 +82,7 @@ def register() -> None:
     from glm_hf.configuration_glm import GLMConfig
     from glm_hf.modeling_glm import GLMForBlankInfilling, GLMForMaskedLM, GLMModel
     from glm_hf.onnx.configuration import GLMONNXConfig
-    from glm_hf.onnx.runtime import ORTGLMForBlankInfilling
+    from glm_hf.onnx.runtime import ORTGLMForBlankInfilling, ORTGLMForMaskedLM
     from glm_hf.pipelines import register_pipelines
     from glm_hf.quantization.quantizer import register_quantizer
     from glm_hf.tokenization_glm import GLMTokenizer
@@ -102,8 +102,8 @@ def register() -> None:
         AutoModelForDecision.register(GLMConfig, GLMForBlankInfilling, exist_ok=True)
     transformers.AutoTokenizer.register(GLMConfig, tokenizer_class=GLMTokenizer, exist_ok=True)
     transformers.AutoConfig.register("glm130b_onnx", GLMONNXConfig, exist_ok=True)
-    for auto_class in (transformers.AutoModelForCausalLM, transformers.AutoModelForMaskedLM):
-        auto_class.register(GLMONNXConfig, ORTGLMForBlankInfilling, exist_ok=True)
+    transformers.AutoModelForCausalLM.register(GLMONNXConfig, ORTGLMForBlankInfilling, exist_ok=True)
+    transformers.AutoModelForMaskedLM.register(GLMONNXConfig, ORTGLMForMaskedLM, exist_ok=True)
     transformers.AutoTokenizer.register(GLMONNXConfig, tokenizer_class=GLMTokenizer, exist_ok=True)
     register_pipelines()
     register_quantizer()

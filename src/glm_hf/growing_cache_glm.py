@@ -82,9 +82,9 @@ class GrowingLayer(DynamicLayer):
 
 
 def with_capacity(states: torch.Tensor, capacity: int) -> torch.Tensor:
-    """Return memory for `(B, H, capacity, K)` of the kind of keys or values."""
+    """Return memory for `(B, H, capacity, K)` of the kind of keys or values, in which nothing is NaN."""
     batch, heads, _, size = states.shape
-    return states.new_empty(batch, heads, capacity, size)
+    return states.new_zeros(batch, heads, capacity, size)
 
 
 def capacity_for(length: int, window: int | None) -> int:

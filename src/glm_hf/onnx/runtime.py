@@ -7,7 +7,7 @@ Shapes: `B` batch, `L` new tokens, `S` all tokens with those in the cache, `C` t
 heads, `K` head dim, `V` vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,17 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput
 from transformers.utils import can_return_tuple
 
 from glm_hf.folders.validation import find_folder
-from glm_hf.infilling_glm import pad_left
+from glm_hf.infilling_glm import masked_lm_layout, pad_left
 from glm_hf.masking_glm import infilling_attention
 from glm_hf.modeling_glm import GLMForBlankInfilling, GLMPreTrainedModel
 from glm_hf.onnx.configuration import GLMONNXConfig
-from glm_hf.onnx.rooms import make_rooms
+from glm_hf.onnx.rooms import forget_last, length_with, make_rooms
 from glm_hf.onnx.session import GraphSession, read_graph_config
-from glm_hf.positions_glm import Mask, kept_states, remember_layout, require_known_packing
+from glm_hf.positions_glm import Mask, is_padding_mask, kept_states, remember_layout, require_known_packing
 from glm_hf.versions_glm import CACHE, one_cache, require_known_cache
 
 NOT_IN_GRAPH = "an exported graph takes input_ids and gives logits and the cache; use the torch model for"
@@ -34,13 +34,13 @@ GRAPH_FILES = ("*.json", "*.jinja", "model.onnx", "model.onnx.data")
 LEAST_VISIBLE = -1e4
 """Below it a number of an additive mask hides a token, as it does in fp16 and fp32 alike."""
 PLAIN_SETTINGS: dict[str, tuple[Any, ...]] = {
-    "device_map": ("auto", "cpu", -1),
+    "device_map": ("auto", "cpu", torch.device("cpu"), {"": "cpu"}),
     "attn_implementation": ("sdpa",),
     "use_safetensors": (True,),
     "low_cpu_mem_usage": (True,),
     "trust_remote_code": (True,),
 }
-"""Settings of `from_pretrained`, and their values, that change nothing of a graph; so does nothing that is empty."""
+"""Settings of `from_pretrained`, and their values besides None and False, that change nothing of a graph."""
 OF_DOWNLOADS = ("revision", "cache_dir", "local_files_only", "force_download", "token")
 OF_AUTO_CLASSES = ("code_revision", "adapter_kwargs")
 FIXED = (
@@ -90,7 +90,7 @@ class ORTGLMForBlankInfilling(GLMForBlankInfilling):
         dtypes = [kwargs.pop(name, None) for name in ("dtype", "torch_dtype")]
         downloads = {name: kwargs.pop(name) for name in OF_DOWNLOADS if name in kwargs}
         for name, value in kwargs.items():
-            is_plain = not value or value in PLAIN_SETTINGS.get(name, ())
+            is_plain = value is None or value is False or value in PLAIN_SETTINGS.get(name, ())
             if not (is_plain or name in OF_AUTO_CLASSES or name.startswith("_")):
                 raise ValueError(f"{name}={value} is no setting of an exported graph, which runs on the CPU as it is")
         folder = find_folder(folder, GRAPH_FILES, **downloads)
@@ -109,7 +109,20 @@ class ORTGLMForBlankInfilling(GLMForBlankInfilling):
         return model
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Copy the graph with its weights and settings to another folder."""
+        """
+        Copy the graph with its weights and settings to another folder.
+
+        Args:
+            save_directory: The folder.
+            **kwargs: Settings of transformers, of which `is_main_process` is heeded; others are for other files.
+
+        Raises:
+            ValueError: If the folder is to be uploaded.
+        """
+        if kwargs.get("push_to_hub"):
+            raise ValueError("an exported folder is not uploaded from here; use `hf upload REPO FOLDER`")
+        if not kwargs.get("is_main_process", True):
+            return
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         self.session.copy_to(Path(save_directory))
         self.config.save_pretrained(save_directory)
@@ -125,26 +138,14 @@ class ORTGLMForBlankInfilling(GLMForBlankInfilling):
         """Dtype of the logits and the cache."""
         return self.session.dtype
 
-    def to(self, *args: Any, **kwargs: Any) -> "ORTGLMForBlankInfilling":
-        """Return the model; ValueError if it is to go to another device or dtype."""
-        device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
-        if (device is not None and device.type != "cpu") or dtype not in (None, self.dtype):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ORTGLMForBlankInfilling":
+        """Return the model; ValueError if it is to go to another device or dtype, by whichever method of torch."""
+        moved = fn(torch.empty(0, dtype=self.dtype))
+        if moved.device.type != "cpu" or moved.dtype != self.dtype:
             raise ValueError(
                 f"an exported graph runs on the CPU in {self.dtype}; use the torch model, or export again"
             )
         return self
-
-    def half(self, *args: Any) -> "ORTGLMForBlankInfilling":
-        """Return the model; ValueError unless the graph computes in fp16."""
-        return self.to(torch.float16)
-
-    def float(self, *args: Any) -> "ORTGLMForBlankInfilling":
-        """Return the model; ValueError unless the graph computes in fp32."""
-        return self.to(torch.float32)
-
-    def bfloat16(self, *args: Any) -> "ORTGLMForBlankInfilling":
-        """Raise ValueError: no graph computes in bf16."""
-        return self.to(torch.bfloat16)
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
         """Tie nothing: weights lie in the graph."""
@@ -210,24 +211,37 @@ class ORTGLMForBlankInfilling(GLMForBlankInfilling):
         used = one_cache(past_key_values, cache)
         if used is None and (self.config.use_cache if use_cache is None else use_cache):
             used = DynamicCache()
+        given = (input_ids, attention_mask, position_ids, segment_ids)
+        if any(isinstance(tensor, Tensor) and tensor.device.type != "cpu" for tensor in given):
+            raise ValueError("an exported graph runs on the CPU; move the inputs there")
+        input_ids = valid_ids(input_ids, self.config.vocab_size)
         batch, length = input_ids.shape
         sizes = torch.empty(batch, length, 0, dtype=self.dtype)  # as embeddings have them
         attention = infilling_attention(self.config, input_ids, sizes, attention_mask, position_ids, used, segment_ids)
-        positions = attention.position_ids.expand(batch, length)
-        if positions.numel() and int(positions.max()) >= self.config.max_position_embeddings:
+        positions = attention.position_ids.expand(batch, length).long()
+        if is_padding_mask(attention_mask):
+            positions = positions.masked_fill(attention_mask[:, -length:] == 0, 0)
+        lowest, highest = int(positions.min()), int(positions.max())
+        if not 0 <= lowest <= highest < self.config.max_position_embeddings:
             raise ValueError(
-                f"position {int(positions.max())} lies beyond the {self.config.max_position_embeddings} of the graph"
+                f"position {lowest if lowest < 0 else highest} lies beyond the "
+                f"{self.config.max_position_embeddings} of the graph"
+            )
+        num_tokens = length if used is None else length_with(used, length)
+        visible = visible_tokens(attention.mask, attention.context_length, length, num_tokens)
+        allowed = ((1, batch), (1,), (1, length), (num_tokens,))
+        if any(size not in sizes for size, sizes in zip(visible.shape, allowed, strict=True)):
+            raise ValueError(
+                f"the mask must be of shape ({batch} or 1, 1, {length}, {num_tokens}), got {tuple(visible.shape)}"
             )
         rooms = make_rooms(used, self.config, batch, length, self.dtype)
-        visible = visible_tokens(attention.mask, attention.context_length, length, rooms.num_tokens)
         num_logits = logits_to_keep if isinstance(logits_to_keep, int) and 0 < logits_to_keep < length else length
-        logits = self.session.run(
-            input_ids,
-            positions,
-            nn.functional.pad(visible, (0, rooms.capacity - visible.shape[-1])).expand(batch, -1, -1, -1),
-            rooms,
-            num_logits,
-        )
+        visible = nn.functional.pad(visible, (0, rooms.capacity - num_tokens)).expand(batch, -1, length, -1)
+        try:
+            logits = self.session.run(input_ids, positions, visible, rooms, num_logits)
+        except BaseException:
+            forget_last(used, length)
+            raise
         if used is not None and attention.fills_cache:
             remember_layout(used, input_ids, attention.position_ids, attention.in_context, self.config)
         logits = logits if isinstance(logits_to_keep, int) else kept_states(logits, logits_to_keep)
@@ -235,6 +249,52 @@ class ORTGLMForBlankInfilling(GLMForBlankInfilling):
         if labels is not None or kwargs.get("shift_labels") is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: used})
+
+
+class ORTGLMForMaskedLM(ORTGLMForBlankInfilling):
+    """An exported graph in the place of `GLMForMaskedLM`: scores one token for every `[MASK]` in a single pass."""
+
+    def as_blank_infilling(self) -> ORTGLMForBlankInfilling:
+        """Return what generates, over the same graph."""
+        model = ORTGLMForBlankInfilling(self.config, self.session)
+        model.generation_config = self.generation_config
+        return model
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate as `ORTGLMForBlankInfilling` does."""
+        return self.as_blank_infilling().generate(*args, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Mask = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> MaskedLMOutput:
+        """Score the tokens of a text, with the arguments and errors of `GLMForMaskedLM.forward`."""
+        source = None
+        if input_ids is not None and (attention_mask is None or is_padding_mask(attention_mask)):
+            input_ids, attention_mask, position_ids, source = masked_lm_layout(
+                input_ids, self.config, attention_mask, position_ids
+            )
+        outputs = super().forward(input_ids, attention_mask, position_ids, use_cache=False, **kwargs)
+        logits = outputs.logits if source is None else outputs.logits.take_along_dim(source[..., None], dim=1)
+        loss = None
+        if labels is not None:
+            loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
+        return MaskedLMOutput(loss=loss, logits=logits)
+
+
+def valid_ids(input_ids: Tensor, vocab_size: int) -> Tensor:
+    """Return ids `(B, L)` as int64; ValueError if there are none, or some are not of the vocabulary."""
+    if input_ids.ndim != 2 or not input_ids.numel():
+        raise ValueError(f"input_ids must be of shape (batch, length) and hold tokens, got {tuple(input_ids.shape)}")
+    lowest, highest = int(input_ids.min()), int(input_ids.max())
+    if not 0 <= lowest <= highest < vocab_size:
+        raise ValueError(f"input_ids must be from 0 to {vocab_size - 1}, got some from {lowest} to {highest}")
+    return input_ids.long()
 
 
 def visible_tokens(mask: Mask, context_length: int | None, length: int, num_tokens: int) -> Tensor:

@@ -94,7 +94,8 @@ class GraphSession:
         """Copy the graph and its weights to another folder."""
         for name in (GRAPH_FILE, WEIGHTS_FILE):
             if not (folder / name).exists() or not (folder / name).samefile(self.folder / name):
-                shutil.copyfile(self.folder / name, folder / name)
+                shutil.copyfile(self.folder / name, folder / f".{name}.partial")
+                (folder / f".{name}.partial").replace(folder / name)  # which another session may have open
 
 
 def read_graph_config(folder: Path) -> GLMONNXConfig:

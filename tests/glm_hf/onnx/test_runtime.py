@@ -7,7 +7,7 @@ from importlib.resources import files
 import pytest
 import torch
 from golden import CONFIGS, TOLERANCE, golden_arrays, golden_cases
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, StaticCache, pipeline
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, DynamicCache, StaticCache, pipeline
 
 from glm_hf import GLMForBlankInfilling
 from glm_hf.decoding import Decoder, Engine, fill_texts
@@ -259,6 +259,10 @@ def drop_scores(results: list) -> list:
         (lambda model: model(torch.ones(1, 600, dtype=torch.long)), "position 599 lies beyond the"),
         (lambda model: model.to("meta"), "runs on the CPU"),
         (lambda model: model.half(), "runs on the CPU"),
+        (lambda model: model.double(), "runs on the CPU"),
+        (lambda model: model.type(torch.float16), "runs on the CPU"),
+        (lambda model: model.save_pretrained("nowhere", push_to_hub=True), "hf upload"),
+        (lambda model: ORTGLMForBlankInfilling.from_pretrained(model.name_or_path, device_map=0), "device_map"),
         (lambda model: model.get_input_embeddings(), "embeddings"),
         (
             lambda model: model(torch.tensor([[9, 8]]), attention_mask=torch.full((1, 1, 2, 2), -0.5)),
@@ -304,6 +308,57 @@ def test_downloads_are_those_that_are_asked_for(monkeypatch):
 def test_torch_models_do_not_open_a_graph(world_facts):
     with pytest.raises(OSError, match=r"no file named model\.safetensors"):
         GLMForBlankInfilling.from_pretrained(world_facts.name_or_path)
+
+
+def test_masked_lm_scores_as_in_torch(world_facts, tokenizer):
+    encoded = tokenizer(texts(6), padding=True, return_tensors="pt")
+    graph = AutoModelForMaskedLM.from_pretrained(world_facts.name_or_path)
+    model = AutoModelForMaskedLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = model(**encoded).logits
+    is_token = encoded["attention_mask"].bool()
+    assert (graph(**encoded).logits - expected)[is_token].abs().max() < NEAR
+
+
+def test_torch_and_graph_share_a_cache(world_facts, torch_model):
+    ids = torch.randint(10, 200, (2, 6))
+    with torch.no_grad():
+        whole = torch_model(ids, use_cache=False).logits
+        for first, second in ((torch_model, world_facts), (world_facts, torch_model)):
+            cache = DynamicCache(config=world_facts.config)
+            logits = [
+                one(part, past_key_values=cache).logits for one, part in ((first, ids[:, :4]), (second, ids[:, 4:]))
+            ]
+            assert (torch.cat(logits, dim=1) - whole).abs().max() < NEAR
+
+
+def test_a_call_that_fails_leaves_the_cache_as_it_was(world_facts, monkeypatch):
+    ids = torch.randint(10, 200, (1, 6))
+    cache = DynamicCache(config=world_facts.config)
+    world_facts(ids, past_key_values=cache)
+    session = world_facts.session
+
+    def fail(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    for wrong in (torch.tensor([[10**6]]), torch.tensor([[-1]])):
+        with pytest.raises(ValueError, match="input_ids must be from"):
+            world_facts(wrong, past_key_values=cache)
+    with pytest.raises(ValueError, match="mask must be of shape"):
+        world_facts(ids[:, :1], past_key_values=cache, attention_mask=torch.ones(1, 1, 1, 14, dtype=torch.bool))
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "run", fail)
+        with pytest.raises(KeyboardInterrupt):
+            world_facts(ids[:, :1], past_key_values=cache)
+    assert cache.get_seq_length() == 6
+    again = world_facts(ids[:, :1], past_key_values=cache).logits
+    whole = world_facts(torch.cat((ids, ids[:, :1]), dim=1)).logits
+    assert (again[:, -1] - whole[:, -1]).abs().max() < NEAR
+
+
+def test_integers_of_32_bits_are_ids_too(world_facts):
+    ids = torch.randint(10, 200, (2, 5))
+    assert torch.equal(world_facts(ids.int()).logits, world_facts(ids).logits)
 
 
 def test_training_is_refused(world_facts):
