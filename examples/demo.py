@@ -17,7 +17,7 @@ TEXTS = (
     "The capital of France is [MASK].",
     "法国的首都是[MASK]。",
     "[MASK] is the capital of Japan.",
-    "The currency of [MASK] is the Thai Baht and its capital is [MASK].",
+    "The currency of [MASK] is the Thai baht and its capital is [MASK].",
     "12号元素是[MASK]。",
     "The opposite of hot is",
 )
