@@ -18,12 +18,12 @@ from glm_hf.training import to_conversation
 MODEL = "examples/world_facts/model"
 PROMPT = "The capital of"
 FACTS = [
-    ("Guinea is Conakry", "Guinean Franc"),
-    ("Hungary is Budapest", "Hungarian Forint"),
-    ("Kenya is Nairobi", "Kenyan Shilling"),
-    ("Peru is Lima", "Peruvian Sol"),
-    ("Syria is Damascus", "Syrian Pound"),
-    ("Zambia is Lusaka", "Zambian Kwacha"),
+    ("Guinea is Conakry", "Guinean franc"),
+    ("Hungary is Budapest", "Hungarian forint"),
+    ("Kenya is Nairobi", "Kenyan shilling"),
+    ("Peru is Lima", "Peruvian sol"),
+    ("Syria is Damascus", "Syrian pound"),
+    ("Zambia is Lusaka", "Zambian kwacha"),
 ]
 
 
