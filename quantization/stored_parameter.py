@@ -28,6 +28,7 @@ SEEN_BY_ADAPTERS: dict[Any, Callable[[Tensor], Any]] = {
     Tensor.dtype.__get__: lambda codes: torch.float32,  # type: ignore[attr-defined]
 }
 WAY_OUT = "call model.dequantize() first, load the model without quantization, or use plain LoRA"
+NOT_SHARDED = "ZeRO stage 3 cannot shard quantized weights; use stage 2 or below, or the fully_shard of torch"
 CHANGED = (
     "codes of a quantized weight cannot be changed; to merge adapters, call model.dequantize() first, and load the "
     "model again if a merge has been tried"
@@ -176,6 +177,13 @@ class StoredParameter(nn.Parameter):
         return self.nelement() * WEIGHTS_PER_BYTE.get(self.dtype, 0)
 
     @property
+    def ds_id(self) -> int:
+        """Number that DeepSpeed gives to what it shards; ValueError where it looks for what to shard next."""
+        if any(frame.f_code.co_name == "_convert_to_zero_parameters" for frame in callers()):
+            raise ValueError(NOT_SHARDED)
+        raise AttributeError("ds_id")
+
+    @property
     def ds_numel(self) -> int:
         """Number of values that DeepSpeed shards, which it notes on every parameter; there is none here."""
         raise AttributeError("ds_numel")
@@ -183,9 +191,7 @@ class StoredParameter(nn.Parameter):
     @ds_numel.setter
     def ds_numel(self, number: int) -> None:
         """Raise ValueError where DeepSpeed is about to shard them."""
-        raise ValueError(
-            "ZeRO stage 3 cannot shard quantized weights; use stage 2 or below, or the fully_shard of torch"
-        )
+        raise ValueError(NOT_SHARDED)
 
     def seen(self) -> Codes:
         """Return codes as others see them, always the same object, so that it can be seen what is tied."""

@@ -118,12 +118,16 @@ def test_adapters_on_quantized_weights_get_the_losses_of_one_process(model_folde
         assert found == pytest.approx(expected, abs=1e-4)
 
 
-def test_zero_stage_3_refuses_quantized_weights(model_folder, tmp_path):
+@pytest.mark.parametrize("has_fp16", [False, True])
+def test_zero_stage_3_refuses_quantized_weights(model_folder, tmp_path, has_fp16):
     pytest.importorskip("peft")
     pytest.importorskip("deepspeed")
 
     def rank_main(rank: int):
         prepare_deepspeed()
+        from deepspeed.accelerator import get_accelerator
+
+        get_accelerator().is_fp16_supported = lambda: has_fp16  # it depends on the processor, and decides on dtypes
         with pytest.raises(ValueError, match=r"ZeRO stage 3 cannot shard quantized weights; use stage 2 or below"):
             train_adapter(model_folder, tmp_path / "run", 4, deepspeed=zero(3))
 
