@@ -9,7 +9,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from glm_hf.conversion.formats.safetensors_reader import ModelFolder
-from glm_hf.folders.validation import find_folder, load_tokenizer, read_json, reading, require_matching_tokenizer
+from glm_hf.folders.records import facts_of_files
+from glm_hf.folders.validation import (
+    GRAPH_FILE,
+    find_folder,
+    load_tokenizer,
+    read_json,
+    reading,
+    require_matching_tokenizer,
+)
 from glm_hf.quantization.configuration import GLMQuantizationConfig
 
 
@@ -29,7 +37,7 @@ def load(name: str, *, dtype: str = "auto", bits: int | None = None, device: str
     Load a model; under torchrun every process gets its shard.
 
     Args:
-        name: Folder or Hub name of a model, or folder of an adapter.
+        name: Folder or Hub name of a model, folder of an adapter or of an exported graph.
         dtype: Name of the dtype that is computed in, `auto` for that of the files.
         bits: 4 or 8 to quantize the weights while loading.
         device: Device of the whole model; by default all GPUs there are, else the CPU.
@@ -38,25 +46,24 @@ def load(name: str, *, dtype: str = "auto", bits: int | None = None, device: str
         FileNotFoundError: If there is no such model, or a file is missing.
         ValueError: If it is not a GLM-130B model, or damaged.
     """
-    folder, weights, tokenizer = look_at(name)
+    folder, sources, tokenizer = look_at(name)
     options: dict[str, Any] = placement(device)
     if bits is not None:
         options["quantization_config"] = GLMQuantizationConfig(bits=bits)
     with reading(folder, "cannot be loaded"):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False, **options)
     require_matching_tokenizer(tokenizer, model.config)
-    files = {path.name: path.stat() for path in sorted(folder.glob("*.safetensors"))}
-    stats = {name: (status.st_size, status.st_mtime_ns) for name, status in files.items()}
-    origin = {"folder": str(folder), "files": stats, "weights": weights.sources, "dtype": dtype, "bits": bits}
+    stats = facts_of_files(folder, "*.safetensors") | facts_of_files(folder, f"{GRAPH_FILE}*")
+    origin = {"folder": str(folder), "files": stats, "weights": sources, "dtype": dtype, "bits": bits}
     return Loaded(model.eval(), tokenizer, {**origin, "config": model.config.to_diff_dict()})
 
 
-def look_at(name: str) -> tuple[Path, ModelFolder, Any]:
+def look_at(name: str) -> tuple[Path, dict[str, Any], Any]:
     """
-    Return the folder of a model or an adapter, what is known of its model's weights, and its tokenizer.
+    Return the folder of a model or an adapter, what tells its files of weights from others, and its tokenizer.
 
     Args:
-        name: Folder or Hub name of a model, or folder of an adapter.
+        name: Folder or Hub name of a model, folder of an adapter or of an exported graph.
 
     Raises:
         FileNotFoundError: If there is no such folder, or a file is missing.
@@ -65,7 +72,9 @@ def look_at(name: str) -> tuple[Path, ModelFolder, Any]:
     folder = base = find_folder(name)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():  # of PEFT
         base = find_folder(str(read_json(folder / "adapter_config.json").get("base_model_name_or_path")))
-    return folder, ModelFolder(base), load_tokenizer(folder if (folder / "tokenizer.json").is_file() else base)
+    is_graph = (base / GRAPH_FILE).is_file()  # which is looked at when it is opened
+    sources = facts_of_files(base, f"{GRAPH_FILE}*") if is_graph else ModelFolder(base).sources
+    return folder, sources, load_tokenizer(folder if (folder / "tokenizer.json").is_file() else base)
 
 
 def num_ranks() -> int:

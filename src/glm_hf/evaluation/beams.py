@@ -108,7 +108,7 @@ class BeamSearch:
     def __init__(self, model: Any, running: list[RunningRow], settings: BeamSettings, end_ids: Sequence[int]) -> None:
         self.model, self.running, self.settings, self.end_ids = model, running, settings, list(end_ids)
         self.config = model.config
-        self.device = model.get_input_embeddings().weight.device
+        self.device = model.device
         self.active = list(range(len(running)))
         self.longest = max(len(row.row) for row in running)
         self.cache = DynamicCache()

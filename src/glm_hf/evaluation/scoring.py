@@ -33,7 +33,7 @@ class Scorer:
         self.model, self.batch_size = model, batch_size
         self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.config = self.base.config
-        self.device = self.base.get_input_embeddings().weight.device
+        self.device = self.base.device
 
     def score(
         self, samples: Sequence[Sample], on_scored: Callable[[int, list[list[float]], list[bool]], None] | None = None

@@ -20,6 +20,8 @@ from glm_hf.tokenization_glm import GLMTokenizer
 INDEX = "model.safetensors.index.json"
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+", re.ASCII)
+GRAPH_FILE = "model.onnx"
+"""What an exported folder has in the place of safetensors files."""
 MODEL_FILES = ("*.json", "*.jinja", "*.safetensors")
 """What is downloaded of a model: no file that could be run."""
 MOST_BYTES = 256 * 2**20

@@ -21,14 +21,13 @@ from glm_hf.conversion.streaming.blocks import progress_bar
 from glm_hf.folders.atomic import AtomicFolder, destination, require_space
 from glm_hf.folders.finite import FiniteWeights
 from glm_hf.folders.model_folder import write_json, write_model_files
-from glm_hf.folders.validation import read_json
+from glm_hf.folders.validation import GRAPH_FILE, read_json
 from glm_hf.onnx.configuration import GLMONNXConfig
 from glm_hf.quantization.configuration import GLMQuantizationConfig
 
 if TYPE_CHECKING:
     from glm_hf.onnx.weights import Weights
 
-GRAPH_FILE = "model.onnx"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 DTYPE_NAMES = {"fp32": "float32", "fp16": "float16"}
 QUANTIZATIONS = {"int4": 4, "int8": 8}

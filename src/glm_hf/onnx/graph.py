@@ -63,6 +63,8 @@ class GraphBuilder:
         self.dtype = weights.onnx_dtype
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, onnx.TensorProto] = {}
+        self.row_shapes: dict[tuple[int, ...], str] = {}
+        self.token_shape: str = self.add("Shape", "input_ids")  # (B, L)
 
     def build(self, opset: int) -> onnx.ModelProto:
         """Write all nodes and return the graph."""
@@ -82,7 +84,7 @@ class GraphBuilder:
         states = self.add_norm("model.norm", states)
         head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
         rows = self.add("Reshape", states, self.ints([-1, config.hidden_size]))
-        logits = self.add_linear(head, rows, bias=None)
+        logits = self.add_linear(head, rows, has_bias=False)
         shape = self.add(
             "Concat",
             self.add("Shape", "input_ids", start=0, end=1),
@@ -138,16 +140,9 @@ class GraphBuilder:
         weight, bias = self.plain(f"{name}.weight"), self.plain(f"{name}.bias")
         return self.add("LayerNormalization", states, weight, bias, epsilon=self.config.layer_norm_eps)
 
-    def add_linear(self, name: str, states: str, bias: str | None = "") -> str:
-        """
-        Write `states @ weight.T + bias`.
-
-        Args:
-            name: Name of the weight `(N, K)`.
-            states: `(rows, K)`.
-            bias: Name of the bias, by default the weight's own, None for none.
-        """
-        biases = [] if bias is None else [self.plain(bias or f"{name.removesuffix('.weight')}.bias")]
+    def add_linear(self, name: str, states: str, has_bias: bool = True) -> str:
+        """Write `states @ weight.T + bias` of states `(rows, K)` and the weight `name` `(N, K)`."""
+        biases = [self.plain(f"{name.removesuffix('.weight')}.bias")] if has_bias else []
         if name not in self.weights.quantized:
             return self.add("Gemm", states, self.plain(name), *biases, transB=1)
         blocks = self.weights.quantized[name]
@@ -194,16 +189,9 @@ class GraphBuilder:
 
     def row_shape(self, *sizes: int) -> str:
         """Return the shape `(B, L, ...)`, of which one of B and L follows from the number of elements."""
-        name = "rows_" + "_".join(map(str, sizes))
-        if not any(name in node.output for node in self.nodes):
-            self.add("Concat", self.token_shape(), self.ints(list(sizes)), axis=0, output=name)
-        return name
-
-    def token_shape(self) -> str:
-        """Return the shape `(B, L)` of the ids."""
-        if not any("token_shape" in node.output for node in self.nodes):
-            self.add("Shape", "input_ids", output="token_shape")
-        return "token_shape"
+        if sizes not in self.row_shapes:
+            self.row_shapes[sizes] = self.add("Concat", self.token_shape, self.ints(list(sizes)), axis=0)
+        return self.row_shapes[sizes]
 
     def ints(self, values: list[int]) -> str:
         """Return the name of a constant list of integers."""

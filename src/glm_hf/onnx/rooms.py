@@ -78,6 +78,8 @@ def make_rooms(cache: Cache | None, config: GLMConfig, batch: int, length: int, 
     for layer in cache.layers:
         if type(layer) is not GrowingLayer or prefix_length:
             raise ValueError("an exported graph writes into the cache; pass a DynamicCache without a learned prefix")
+        if layer.get_seq_length() != past:
+            raise ValueError(f"all layers of the cache must hold {past} tokens, got {layer.get_seq_length()} in one")
         expected = (batch, config.num_attention_heads, past, config.head_dim)
         if past and (layer.keys.shape != expected or layer.keys.dtype != dtype or layer.keys.device.type != "cpu"):
             raise ValueError(

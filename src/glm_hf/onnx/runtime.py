@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput
 from transformers.utils import can_return_tuple
 
+from glm_hf.configuration_glm import GLMConfig
 from glm_hf.folders.validation import find_folder
 from glm_hf.infilling_glm import masked_lm_layout, pad_left
 from glm_hf.masking_glm import infilling_attention
@@ -65,6 +66,9 @@ class ORTGLMForBlankInfilling(GLMForBlankInfilling):
     config: GLMONNXConfig
 
     def __init__(self, config: GLMONNXConfig, session: GraphSession) -> None:
+        for name in FIXED:
+            if getattr(config, name) != getattr(session.config, name):
+                raise ValueError(f"{name} is fixed in the graph; export the model again with another")
         GLMPreTrainedModel.__init__(self, config)
         self.session = session
         self.loss_type = "ForCausalLM"
@@ -72,13 +76,20 @@ class ORTGLMForBlankInfilling(GLMForBlankInfilling):
         self.eval()
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, config: Any = None, **kwargs: Any) -> "ORTGLMForBlankInfilling":
+    def _from_config(cls, config: Any, **kwargs: Any) -> "ORTGLMForBlankInfilling":
+        """Raise ValueError: a graph cannot be made from a configuration alone."""
+        raise ValueError("an exported graph is opened by from_pretrained; a configuration has no weights to export")
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, *, config: Any = None, **kwargs: Any
+    ) -> "ORTGLMForBlankInfilling":
         """
         Open a folder that `export_onnx` has written.
 
         Args:
-            folder: Folder, or name on the Hub.
-            config: Configuration, by default that of the folder.
+            pretrained_model_name_or_path: Folder, or name on the Hub.
+            config: Configuration or its folder, by default that of the graph's folder.
             **kwargs: Of the settings of transformers those that leave the model as it is.
 
         Raises:
@@ -93,12 +104,9 @@ class ORTGLMForBlankInfilling(GLMForBlankInfilling):
             is_plain = value is None or value is False or value in PLAIN_SETTINGS.get(name, ())
             if not (is_plain or name in OF_AUTO_CLASSES or name.startswith("_")):
                 raise ValueError(f"{name}={value} is no setting of an exported graph, which runs on the CPU as it is")
-        folder = find_folder(folder, GRAPH_FILES, **downloads)
-        of_folder = read_graph_config(folder)
-        config = of_folder if config is None else config
-        for name in FIXED:
-            if getattr(config, name) != getattr(of_folder, name):
-                raise ValueError(f"{name} is fixed in the graph; export the model again with another")
+        folder = find_folder(pretrained_model_name_or_path, GRAPH_FILES, **downloads)
+        if not isinstance(config, GLMConfig):
+            config = read_graph_config(folder if config is None else Path(config))
         model = cls(config, GraphSession(folder))
         for dtype in dtypes:
             if dtype not in (None, "auto", model.dtype, str(model.dtype).removeprefix("torch.")):
@@ -147,6 +155,18 @@ class ORTGLMForBlankInfilling(GLMForBlankInfilling):
             )
         return self
 
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Return the number of weights in the graph, of which none is trainable."""
+        if only_trainable:
+            return 0
+        with torch.device("meta"):
+            model = GLMForBlankInfilling(self.session.config)
+        return model.num_parameters(exclude_embeddings=exclude_embeddings)
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Return the bytes of the weights in the graph."""
+        return self.session.num_bytes
+
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
         """Tie nothing: weights lie in the graph."""
 
@@ -159,9 +179,10 @@ class ORTGLMForBlankInfilling(GLMForBlankInfilling):
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
-        """Generate as `GLMForBlankInfilling` does; ValueError for embeddings instead of ids, or on another device."""
-        if kwargs.get("inputs_embeds") is not None:
-            raise ValueError(f"{NOT_IN_GRAPH} inputs_embeds")
+        """Generate as `GLMForBlankInfilling` does; ValueError for what is not in the graph."""
+        for name in ("inputs_embeds", "assistant_early_exit"):
+            if kwargs.get(name, getattr(generation_config, name, None)) is not None:
+                raise ValueError(f"{NOT_IN_GRAPH} {name}")
         return super().generate(inputs, generation_config, **kwargs)
 
     @can_return_tuple
@@ -204,7 +225,7 @@ class ORTGLMForBlankInfilling(GLMForBlankInfilling):
         for name in ("output_hidden_states", "output_attentions"):
             if kwargs.get(name, getattr(self.config, name, False)):
                 raise ValueError(f"{NOT_IN_GRAPH} {name}")
-        if self.training and labels is not None:
+        if self.training and (labels is not None or kwargs.get("shift_labels") is not None):
             raise ValueError(f"{NOT_IN_GRAPH} training")
         require_known_cache(kwargs, "the model")
         require_known_packing(kwargs, position_ids, segment_ids)
@@ -214,7 +235,8 @@ class ORTGLMForBlankInfilling(GLMForBlankInfilling):
         given = (input_ids, attention_mask, position_ids, segment_ids)
         if any(isinstance(tensor, Tensor) and tensor.device.type != "cpu" for tensor in given):
             raise ValueError("an exported graph runs on the CPU; move the inputs there")
-        input_ids = valid_ids(input_ids, self.config.vocab_size)
+        fixed = self.session.config
+        input_ids = valid_ids(input_ids, fixed.vocab_size)
         batch, length = input_ids.shape
         sizes = torch.empty(batch, length, 0, dtype=self.dtype)  # as embeddings have them
         attention = infilling_attention(self.config, input_ids, sizes, attention_mask, position_ids, used, segment_ids)
@@ -222,10 +244,10 @@ class ORTGLMForBlankInfilling(GLMForBlankInfilling):
         if is_padding_mask(attention_mask):
             positions = positions.masked_fill(attention_mask[:, -length:] == 0, 0)
         lowest, highest = int(positions.min()), int(positions.max())
-        if not 0 <= lowest <= highest < self.config.max_position_embeddings:
+        if not 0 <= lowest <= highest < fixed.max_position_embeddings:
             raise ValueError(
                 f"position {lowest if lowest < 0 else highest} lies beyond the "
-                f"{self.config.max_position_embeddings} of the graph"
+                f"{fixed.max_position_embeddings} of the graph"
             )
         num_tokens = length if used is None else length_with(used, length)
         visible = visible_tokens(attention.mask, attention.context_length, length, num_tokens)
@@ -234,7 +256,7 @@ class ORTGLMForBlankInfilling(GLMForBlankInfilling):
             raise ValueError(
                 f"the mask must be of shape ({batch} or 1, 1, {length}, {num_tokens}), got {tuple(visible.shape)}"
             )
-        rooms = make_rooms(used, self.config, batch, length, self.dtype)
+        rooms = make_rooms(used, fixed, batch, length, self.dtype)
         num_logits = logits_to_keep if isinstance(logits_to_keep, int) and 0 < logits_to_keep < length else length
         visible = nn.functional.pad(visible, (0, rooms.capacity - num_tokens)).expand(batch, -1, length, -1)
         try:
@@ -247,7 +269,7 @@ class ORTGLMForBlankInfilling(GLMForBlankInfilling):
         logits = logits if isinstance(logits_to_keep, int) else kept_states(logits, logits_to_keep)
         loss = None
         if labels is not None or kwargs.get("shift_labels") is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=fixed.vocab_size, **kwargs)
         return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: used})
 
 
@@ -299,7 +321,9 @@ def valid_ids(input_ids: Tensor, vocab_size: int) -> Tensor:
 
 def visible_tokens(mask: Mask, context_length: int | None, length: int, num_tokens: int) -> Tensor:
     """
-    Return what each new token sees, `(B or 1, 1, L, S)`; one that would see nothing sees all, as in torch.
+    Return what each new token sees, `(B or 1, 1, L, S)`.
+
+    A token that sees nothing, such as padding, sees all here: its logits mean nothing, but must not be NaN.
 
     Args:
         mask: Mask of the attention implementation sdpa, of the rows behind the context only where that is given.

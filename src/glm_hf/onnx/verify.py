@@ -6,12 +6,13 @@ Shapes: `B` batch, `L` length, `V` vocabulary.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from glm_hf.configuration_glm import GLMConfig
+from glm_hf.conversion.formats.safetensors_reader import ModelFolder
+from glm_hf.conversion.quantize import loaded_dtype
 from glm_hf.infilling_glm import mask_token_ids, pad_left, prepare_context
 from glm_hf.modeling_glm import GLMForBlankInfilling
 from glm_hf.onnx.runtime import ORTGLMForBlankInfilling
@@ -52,10 +53,12 @@ def verify_onnx(src: str | Path, folder: str | Path) -> list[Comparison]:
         ValueError: If a folder is not what it should be, or logits differ by more than rounding does.
     """
     graph = ORTGLMForBlankInfilling.from_pretrained(folder)
-    options: dict[str, Any] = {}
-    if graph.session.quantized_here is not None:
-        options["quantization_config"] = GLMQuantizationConfig(bits=graph.session.quantized_here)
-    model = GLMForBlankInfilling.from_pretrained(src, dtype=torch.float32, **options).eval()
+    if (bits := graph.session.quantized_here) is None:
+        model = GLMForBlankInfilling.from_pretrained(src, dtype=torch.float32).eval()
+    else:  # from the dtype that weights are quantized in
+        settings = GLMQuantizationConfig(bits=bits)
+        stored = loaded_dtype(ModelFolder(src))
+        model = GLMForBlankInfilling.from_pretrained(src, dtype=stored, quantization_config=settings).eval().float()
     comparisons = []
     for case, inputs, num_new in _cases(model.config):
         expected, actual = (_logits(one, inputs, num_new) for one in (model, graph))
@@ -88,8 +91,9 @@ def _cases(config: GLMConfig) -> Iterator[tuple[str, dict[str, Tensor], int]]:
         input_ids, attention_mask = pad_left(rows, config.pad_token_id)
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
-    short = sample(config.mask_token_id, 9, 6, 3)
-    long = sample(config.gmask_token_id, 20, 0, NUM_NEW)
+    length = min(20, config.max_position_embeddings - NUM_NEW - 3)  # behind a mask, an end and a start token
+    short = sample(config.mask_token_id, length // 2, length // 4, 3)
+    long = sample(config.gmask_token_id, length, 0, NUM_NEW)
     yield "a short blank", batch(short), 0
     yield "a long blank", batch(long), 0
     yield "a padded batch", batch(short, long), 0

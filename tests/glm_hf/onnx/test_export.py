@@ -60,25 +60,25 @@ def test_models_of_all_kinds(tmp_path, dtype, changes):
     assert (actual - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
+WHOLE_ROWS = [{"bits": bits, "quantize_embeddings": quantized} for bits in (4, 8) for quantized in (False, True)]
+GROUPS = [
+    {"bits": 4, "group_size": 32},
+    {"bits": 4, "group_size": 16},
+    {"bits": 8, "group_size": 48},
+    {"bits": 4, "row_parallel_groups": 2},
+]
+
+
 @pytest.mark.parametrize(
-    "settings",
-    [
-        {"bits": 4},
-        {"bits": 8},
-        {"bits": 4, "group_size": 32},
-        {"bits": 4, "group_size": 16},
-        {"bits": 8, "group_size": 48},
-        {"bits": 8, "quantize_embeddings": True},
-        {"bits": 4, "quantize_embeddings": True},
-    ],
+    ("inner", "settings"),
+    [(208, settings) for settings in WHOLE_ROWS + GROUPS] + [(170, settings) for settings in WHOLE_ROWS],
     ids=str,
-)
-@pytest.mark.parametrize("inner", [208, 170])  # of which 170 fills no block
-def test_quantized_models_keep_their_codes(tmp_path, settings, inner):
-    if inner % settings.get("group_size", 1):
-        pytest.skip("groups must divide rows")
+)  # 170 columns fill no block
+def test_quantized_models_keep_their_codes(tmp_path, inner, settings):
     src = save_model(tmp_path / "model", intermediate_size=inner)
-    quantize_checkpoint(src, tmp_path / "quantized", **settings)
+    config = GLMQuantizationConfig(**settings)
+    quantized = GLMForBlankInfilling.from_pretrained(src, quantization_config=config)
+    quantized.save_pretrained(tmp_path / "quantized")
     export_onnx(tmp_path / "quantized", tmp_path / "graph")
     model = GLMForBlankInfilling.from_pretrained(tmp_path / "quantized", dtype=torch.float32).eval()
     actual = logits_of(ORTGLMForBlankInfilling.from_pretrained(tmp_path / "graph"))
@@ -86,12 +86,15 @@ def test_quantized_models_keep_their_codes(tmp_path, settings, inner):
         assert (actual - expected).abs().max() < 1e-3 * expected.abs().max()
 
 
+@pytest.mark.parametrize("loaded", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("quantization", "bits"), [("int4", 4), ("int8", 8)])
-def test_an_export_quantizes_as_from_pretrained_does(tmp_path, quantization, bits):
+def test_an_export_quantizes_as_from_pretrained_does(tmp_path, quantization, bits, loaded):
     src = save_model(tmp_path / "model", torch.float32)
+    config = json.loads((src / "config.json").read_text())
+    (src / "config.json").write_text(json.dumps({**config, "dtype": loaded}))
     export_onnx(src, tmp_path / "graph", quantization=quantization)
     settings = GLMQuantizationConfig(bits=bits)
-    model = GLMForBlankInfilling.from_pretrained(src, dtype=torch.float32, quantization_config=settings).eval()
+    model = GLMForBlankInfilling.from_pretrained(src, dtype="auto", quantization_config=settings).eval().float()
     expected = logits_of(model)
     actual = logits_of(ORTGLMForBlankInfilling.from_pretrained(tmp_path / "graph"))
     assert (actual - expected).abs().max() < 1e-4 * expected.abs().max()
