@@ -47,9 +47,9 @@ def main(output_dir: str = "runs/dpo") -> tuple[float, float]:
     before = mean_length(model, tokenizer)
     args = DPOConfig(
         output_dir,
-        max_steps=30,
+        max_steps=20,
         per_device_train_batch_size=6,
-        learning_rate=1e-4,
+        learning_rate=5e-5,
         logging_steps=10,
         bf16=False,
         report_to="none",

@@ -43,6 +43,9 @@ TEST_ITEMS = 1000
 CHOICES = 4
 INSTRUCTIONS_OF_A_FACT = 120
 """Least number, which facts of few sentences have in more forms of each."""
+ORDERS = {"element_order", "letter", "month_order", "number_order", "season", "weekday_order"}
+"""Relations of which a fact has `INSTRUCTIONS_OF_AN_ORDER`: what comes before is easily taken for what comes after."""
+INSTRUCTIONS_OF_AN_ORDER = 360
 LEAST_OF_A_SENTENCE = 3
 KINDS = {"single": 0.66, "several": 0.12, "keyword": 0.06, "beginning": 0.16}
 """Shares of the kinds of instructions, where a sentence has all of them."""
@@ -145,7 +148,12 @@ class Answers:
 def instructions_of_sentences(sentences: list[Sentence]) -> list[int]:
     """Return how many instructions each sentence gives, so that every fact has enough."""
     of_fact = Counter(sentence.fact for sentence in sentences)
-    return [max(LEAST_OF_A_SENTENCE, ceil(INSTRUCTIONS_OF_A_FACT / of_fact[sentence.fact])) for sentence in sentences]
+
+    def number(sentence: Sentence) -> int:
+        wanted = INSTRUCTIONS_OF_AN_ORDER if sentence.relation in ORDERS else INSTRUCTIONS_OF_A_FACT
+        return max(LEAST_OF_A_SENTENCE, ceil(wanted / of_fact[sentence.fact]))
+
+    return [number(sentence) for sentence in sentences]
 
 
 def instructions(

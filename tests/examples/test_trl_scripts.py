@@ -36,7 +36,7 @@ def test_sft_teaches_new_facts(run_script):
 def test_dpo_shortens_answers(run_script):
     before, after = run_script("dpo")
     assert before > 7
-    assert after < 0.58 * before
+    assert after < 0.75 * before
 
 
 def test_grpo_raises_the_reward(run_script):

@@ -184,14 +184,14 @@ def test_alternatives_come_with_their_probabilities(client, loaded):
     shares = [each["probability"] for each in answer.alternatives[1]]
     assert shares == sorted(shares, reverse=True)
     assert len(shares) == 4
-    streamed = [
-        event.choices[0].alternatives
+    streamed = {  # in the order in which they are found
+        event.choices[0].blank: event.choices[0].alternatives
         for event in complete(client, TWO, max_tokens=64, extra_body={"alternatives": 3}, stream=True)
         if hasattr(event.choices[0], "alternatives")
-    ]
-    assert [[each["text"] for each in of_blank] for of_blank in streamed] == [
-        [each["text"] for each in of_blank] for of_blank in answer.alternatives
-    ]
+    }
+    assert {blank: [each["text"] for each in found] for blank, found in streamed.items()} == {
+        blank: [each["text"] for each in found] for blank, found in enumerate(answer.alternatives)
+    }
 
 
 def test_alternatives_of_a_single_token_are_whole(client):
