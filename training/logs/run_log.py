@@ -11,12 +11,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
-
-from glm_hf.folders.validation import read_json
+from glm_hf.folders.validation import read_json, read_text
 
 LOG_FILE = "log.jsonl"
+STATE_FILE = "trainer_state.json"  # of transformers' `Trainer`, in its checkpoints
 
 Entry = dict[str, Any]
 
@@ -56,16 +54,16 @@ def read_history(run: str | Path) -> list[Entry]:
 
     Args:
         run: Output folder of a run that has ended, was interrupted or is in progress, with `log.jsonl` or, as of
-            transformers' `Trainer`, checkpoints; or one of its checkpoints.
+            transformers' `Trainer`, checkpoints; or one of its checkpoints, or a file of the form of `log.jsonl`.
 
     Raises:
         FileNotFoundError: If the folder holds no run.
         ValueError: If a file is damaged, or nothing was logged yet.
     """
     folder = Path(run)
-    if (folder / LOG_FILE).is_file():
-        history = _read_lines(folder / LOG_FILE)
-        source = folder / LOG_FILE
+    source = folder if folder.is_file() else folder / LOG_FILE
+    if source.is_file():
+        history = _read_lines(source)
     else:
         source = _state_file(folder)
         history = read_json(source).get("log_history", [])
@@ -78,22 +76,23 @@ def read_history(run: str | Path) -> list[Entry]:
 
 def _state_file(folder: Path) -> Path:
     """Return the newest file of the state of transformers' `Trainer`."""
-    last = get_last_checkpoint(folder) if folder.is_dir() else None
-    for place in (folder, Path(last or folder)):
-        if (place / TRAINER_STATE_NAME).is_file():
-            return place / TRAINER_STATE_NAME
-    problem = "has neither" if folder.is_dir() else "is no folder with"
+    numbered = {file.parent.name.rpartition("-")[2]: file for file in folder.glob(f"checkpoint-*/{STATE_FILE}")}
+    newest = max((number for number in numbered if number.isdecimal()), key=int, default=None)
+    for file in (folder / STATE_FILE, *([] if newest is None else [numbered[newest]])):
+        if file.is_file():
+            return file
+    problem = "has neither" if folder.is_dir() else "is no folder: it has neither"
     raise FileNotFoundError(
-        f"{folder} {problem} {LOG_FILE} nor a checkpoint with {TRAINER_STATE_NAME}; give the output_dir of a run"
+        f"{folder} {problem} {LOG_FILE} nor a checkpoint with {STATE_FILE}; give the output_dir of a run"
     )
 
 
 def _read_lines(file: Path) -> list[Entry]:
     """Return the entries of a log, without a last line that is still being written."""
     history = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n")[:-1], 1):
+    for number, line in enumerate(read_text(file).split("\n")[:-1], 1):
         try:
             history.append(json.loads(line))
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{file} is damaged in line {number}: {error}") from error
     return history
