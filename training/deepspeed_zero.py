@@ -27,6 +27,11 @@ def local_gradients(parameters: Iterable[nn.Parameter]) -> list[torch.Tensor | N
     return [_local_gradient(parameter) for parameter in parameters]
 
 
+def loss_scale_of(optimizer: Any) -> float:
+    """Return the factor of the gradients of DeepSpeed's optimizer, of which only those for fp16 have one."""
+    return float(getattr(optimizer, "loss_scale", 1.0))
+
+
 def _local_gradient(parameter: nn.Parameter) -> torch.Tensor | None:
     from deepspeed.utils import safe_get_local_grad
 

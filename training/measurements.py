@@ -172,7 +172,7 @@ class ParameterGroups:
         total = torch.zeros(len(self.names), device=device)
         if not found:
             return total
-        norms = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32).to(device) for g, _ in found])
+        norms = torch.stack([_norm(g).to(device) for g, _ in found])
         return total.index_add_(0, torch.tensor([group for _, group in found], device=device), norms.square())
 
     def describe(self, norms: torch.Tensor) -> dict[str, float]:
@@ -182,6 +182,11 @@ class ParameterGroups:
 
 # Dense matrix products in 16 bits with sums in 32, 10^12 operations per second, from the vendor's data sheets.
 PEAK_TFLOPS = {"V100": 125, "A100": 312, "H100": 989, "H200": 989, "RTX 3090": 71, "RTX 4090": 165, "2080 Ti": 54}
+
+
+def _norm(gradient: torch.Tensor) -> torch.Tensor:
+    """Return the norm in fp32 or more, without a copy of the gradient in it."""
+    return torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))
 
 
 def flops_per_token(config: GLMConfig, num_parameters: int, row_length: int) -> float:

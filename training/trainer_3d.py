@@ -27,7 +27,7 @@ from glm_hf.training.arguments import (
 from glm_hf.training.checkpoints import UNFIT
 from glm_hf.training.data.blanks import IGNORED
 from glm_hf.training.data.sampler import loader_options
-from glm_hf.training.deepspeed_zero import local_gradients
+from glm_hf.training.deepspeed_zero import local_gradients, loss_scale_of
 from glm_hf.training.logs.measured_trainer import num_recomputed_layers
 from glm_hf.training.measurements import LossMeter, ParameterGroups, layer_flops_per_token
 from glm_hf.training.pipeline.checkpoint import load_engine, require_own, save_engine
@@ -228,7 +228,7 @@ class GLM3DTrainer(GLMTrainer):
         """Return `(G,)` the squared norms of this process's part of the groups' gradients, without a loss scale."""
         groups = self.parameter_groups
         local = groups.squared_norms(local_gradients(p for p, _ in groups.members), self.args.device)
-        return local / self.engine.optimizer.loss_scale**2
+        return local / loss_scale_of(self.engine.optimizer) ** 2
 
     @cached_property
     def recomputed_flops_per_token(self) -> float:

@@ -9,7 +9,7 @@ from torch import nn
 
 from glm_hf.modeling_glm import GLMLayer
 from glm_hf.training.checkpoints import CheckpointingTrainer
-from glm_hf.training.deepspeed_zero import local_gradients
+from glm_hf.training.deepspeed_zero import local_gradients, loss_scale_of
 from glm_hf.training.logs.run_log import RunLog
 from glm_hf.training.measurements import ParameterGroups, flops_per_token, layer_flops_per_token, peak_tflops
 
@@ -44,7 +44,7 @@ class MeasuredTrainer(CheckpointingTrainer):
         """Return `(G,)` the squared norms of the groups' gradients before an update, without a loss scale."""
         groups = self.parameter_groups
         if self.is_deepspeed_enabled:
-            scale = self.model_wrapped.optimizer.loss_scale
+            scale = loss_scale_of(self.model_wrapped.optimizer)
             local = groups.squared_norms(local_gradients(p for p, _ in groups.members), self.args.device)
             return self.accelerator.reduce(local) / scale**2
         scale = 1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()
