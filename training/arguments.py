@@ -252,7 +252,7 @@ def require_whole_steps(trainer: Any) -> None:
         raise ValueError("deepspeed must not have a scheduler: the learning rate follows lr_scheduler_type")
     if given.get_value("zero_optimization.zenflow") is not None:
         raise ValueError(
-            "deepspeed must not have zenflow, which chooses itself when weights are updated, while accelerate tells it "
+            "deepspeed must not have zenflow, which chooses when weights are updated, while accelerate tells it "
             "when; use offload_optimizer without zenflow"
         )
 
