@@ -116,7 +116,7 @@ class OffloadPlan:
         for name, places in cells.items():
             held = [places.get(place, 0) * (1 if place == "GPU" else count) for place in PLACES]
             rows.append((name, *(gib(num_bytes) if num_bytes else "-" for num_bytes in held)))
-        where = "on the GPUs" if self.device == "none" else f"in {self.device}"
+        where = {"none": "on the GPUs", "cpu": "in host memory", "nvme": "on NVMe"}[self.device]
         return "\n".join(
             (
                 f"{num_model_parameters(request.config) / 1e9:.1f} billion parameters in {request.precision}, ZeRO-3 "
