@@ -160,7 +160,7 @@ def _draw(axes: Axes, panel: Panel, curves: dict[str, tuple[np.ndarray, np.ndarr
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     if len(curves) > 1:
-        axes.legend(loc="upper right", fontsize="x-small", frameon=False, ncols=math.ceil(len(curves) / 10))
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="x-small", frameon=False)
 
 
 def _color(number: int, count: int, is_ordered: bool) -> str | tuple[float, ...]:

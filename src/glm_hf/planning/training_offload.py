@@ -110,7 +110,7 @@ class OffloadPlan:
     def describe(self) -> str:
         """Return what is held where, in GiB."""
         request, count = self.request, self.gpus_per_node
-        rows = [("", "GPU", f"host of {count}", f"NVMe of {count}")]
+        rows: list[tuple[str, ...]] = [("", "GPU", f"host of {count}", f"NVMe of {count}")]
         cells = self.components | {"reserve": {"GPU": request.reserve}}
         cells["total"] = {place: self.total(place) for place in PLACES}
         for name, places in cells.items():
