@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -107,7 +106,6 @@ class GLMTrainer(MeasuredTrainer):
         self.eval_meter = LossMeter(args.device)
         self.run_log = RunLog(args.output_dir)
         self.step_loss: torch.Tensor | None = None
-        self.last_log = time.perf_counter()
 
     def _require_possible(self) -> None:
         """Raise ValueError if the model, the data or DeepSpeed do not go with the arguments."""
@@ -318,7 +316,7 @@ class GLMTrainer(MeasuredTrainer):
             if self.alpha_factor != 1 and self.alpha_schedule is None:
                 self.alpha_schedule = PiecewiseLinear.of(self.model.config.embedding_gradient_shrink)
             self.watch.restore(state["watch"])
-        self.last_log = time.perf_counter()
+        self._start_clock()
         if self.is_world_process_zero():
             self.run_log.begin(self.state.log_history)
         return result

@@ -55,6 +55,10 @@ class MeasuredTrainer(CheckpointingTrainer):
         self.gradient_norms = norms
         self.embedding_norm = norms[0] if self.parameter_groups.has_embedding else None
 
+    def _start_clock(self) -> None:
+        """Begin the time over which throughput is measured."""
+        self.last_log = time.perf_counter()
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as `Trainer` does, with losses by objective and corpus, norms of gradients and throughput."""
         if "loss" in logs:
