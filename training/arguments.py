@@ -57,8 +57,8 @@ class GLMTrainingArguments(TrainingArguments):
         spike_threshold: Multiple of the median of the last 100 gradient norms of the embedding that counts as a spike.
         parallel: Degrees of `GLM3DTrainer`, `{"tp_size": 4, "pp_size": 8, "dp_size": 24}`, whose product is the number
             of processes, and `partition`, the layers of every stage, if not balanced.
-        peak_tflops: Peak of a device at the precision of the run, in 10^12 operations per second, to log the model
-            FLOPs utilization (MFU); known for some GPUs by default.
+        peak_tflops: Peak of a device at the precision of the run, in 10^12 operations per second, to log the model and
+            hardware FLOPs utilization (MFU and HFU); known for some GPUs by default.
     """
 
     learning_rate: float = field(default=8e-5, metadata={"help": "Peak learning rate."})
@@ -247,8 +247,14 @@ def require_whole_steps(trainer: Any) -> None:
     for name in ("auto_find_batch_size", "enable_jit_checkpoint"):
         if getattr(args, name):
             raise ValueError(f"{name} does not work with deepspeed, which updates weights itself; leave one out")
-    if trainer.accelerator.state.deepspeed_plugin.hf_ds_config.get_value("scheduler") is not None:
+    given = trainer.accelerator.state.deepspeed_plugin.hf_ds_config
+    if given.get_value("scheduler") is not None:
         raise ValueError("deepspeed must not have a scheduler: the learning rate follows lr_scheduler_type")
+    if given.get_value("zero_optimization.zenflow") is not None:
+        raise ValueError(
+            "deepspeed must not have zenflow, which chooses when weights are updated, while accelerate tells it "
+            "when; use offload_optimizer without zenflow"
+        )
 
 
 def require_all_processes_apart(trainer: Any) -> None:

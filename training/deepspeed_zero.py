@@ -1,5 +1,6 @@
 """DeepSpeed's ZeRO under the trainer: the update waits until a step's gradients were looked at."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,18 +17,33 @@ class DeferredStep(DeepSpeedEngineWrapper):
         self.engine.backward(loss, **kwargs)
 
 
-def gradient_norm(parameter: nn.Parameter) -> torch.Tensor | None:
+def local_gradients(parameters: Iterable[nn.Parameter]) -> list[torch.Tensor | None]:
     """
-    Return the norm of a gradient that is sharded over the processes, all of which must ask; None if there is none.
+    Return the part of every gradient that this process updates, with the loss scale; None if others update it all.
 
-    In stage 3 no process ever holds the whole gradient, which is 7 GB for the embedding of GLM-130B.
+    No process asks others for anything: in stage 3 none ever holds the whole gradient, which is 7 GB for the embedding
+    of GLM-130B.
     """
-    from deepspeed import comm
-    from deepspeed.utils import safe_get_full_grad, safe_get_local_grad
+    return [_local_gradient(parameter) for parameter in parameters]
 
-    if not hasattr(parameter, "ds_id"):
-        gradient = safe_get_full_grad(parameter)
-        return None if gradient is None else gradient.float().norm()
-    total = safe_get_local_grad(parameter).float().square().sum()
-    comm.all_reduce(total)
-    return total.sqrt()
+
+def loss_scale_of(optimizer: Any) -> float:
+    """Return the factor of the gradients of DeepSpeed's optimizer, of which only those for fp16 have one."""
+    return float(getattr(optimizer, "loss_scale", 1.0))
+
+
+def _local_gradient(parameter: nn.Parameter) -> torch.Tensor | None:
+    from deepspeed.utils import safe_get_local_grad
+
+    if hasattr(parameter, "ds_id"):
+        return safe_get_local_grad(parameter)
+    if not hasattr(parameter, "_hp_mapping"):  # stage 0, in which all processes have the whole gradient
+        return parameter.grad if torch.distributed.get_rank() == 0 else None
+    fragment = parameter._hp_mapping  # None if other processes update it
+    if fragment is None:
+        return None
+    gradient = fragment.get_lp_grad_fragment(parameter._index_in_param_group).flatten()  # type: ignore[attr-defined]
+    if gradient.numel() == parameter.numel():  # which BF16_Optimizer keeps whole
+        address = fragment.lp_fragment_address
+        return gradient.narrow(0, address.start, address.numel)
+    return gradient

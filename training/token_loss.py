@@ -17,6 +17,8 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from glm_hf.training.arguments import GLMTrainingArguments
 from glm_hf.training.data.blanks import IGNORED
+from glm_hf.training.data.dataset import BlankInfillingDataset
+from glm_hf.training.data.packing import NO_CORPUS
 from glm_hf.training.measurements import NOT_KNOWN, LossMeter, row_losses
 from glm_hf.training.pipeline.micro_batches import Batch, predicted_by
 
@@ -58,7 +60,7 @@ class TokenLossTrainer(Trainer):
     ) -> Any:
         """Return the mean loss of the predicted tokens; logits are made for these only, unless all are returned."""
         inputs = dict(inputs)
-        objectives, sample_ids = inputs.pop("objectives", None), inputs.pop("sample_ids", None)
+        objectives, corpora, sample_ids = (inputs.pop(name, None) for name in ("objectives", "corpora", "sample_ids"))
         if "shift_labels" not in inputs or self.compute_loss_func is not None:
             num_predicted = None if model.training else count_predicted(inputs)
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -76,9 +78,9 @@ class TokenLossTrainer(Trainer):
             logits.float(), labels[is_target], reduction="none", label_smoothing=self.args.label_smoothing_factor
         )
         if not model.training:
-            self.evaluated = row_losses(losses, labels, objectives)
+            self.evaluated = row_losses(losses, labels, objectives, corpora)
         elif objectives is not None:
-            self.meter.add(losses, labels, inputs["segment_ids"], objectives, sample_ids)
+            self.meter.add(losses, labels, inputs["segment_ids"], objectives, corpora, sample_ids)
         if num_items_in_batch is None:
             loss = losses.mean()
         else:
@@ -117,9 +119,9 @@ class TokenLossTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Evaluate as `Trainer` does, with the mean loss over all predicted tokens, and by kind of blank."""
-        self.eval_meter.take()
+        self.eval_meter = LossMeter(self.args.device, names_of_corpora(dataloader.dataset))
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        output.metrics.update(LossMeter.describe_evaluation(self.eval_meter.take(), metric_key_prefix))
+        output.metrics.update(self.eval_meter.describe_evaluation(self.eval_meter.take(), metric_key_prefix))
         return output
 
 
@@ -134,8 +136,15 @@ def rows_of_mean(loss: torch.Tensor, count: Any, inputs: Batch) -> torch.Tensor:
     """Return a mean loss over `count` tokens as `row_losses` returns rows, which have equal shares of it."""
     size = len(inputs["input_ids"])
     share = torch.as_tensor(count, device=loss.device).double() / size
-    row = torch.stack((loss.detach().double() * share, share, torch.full_like(share, NOT_KNOWN)))
-    return row.expand(size, 3)
+    unknown = (torch.full_like(share, place) for place in (NOT_KNOWN, NO_CORPUS))
+    row = torch.stack((loss.detach().double() * share, share, *unknown))
+    return row.expand(size, 4)
+
+
+def names_of_corpora(dataset: Any) -> tuple[str, ...]:
+    """Return the names of the corpora whose losses are told apart: of a `BlankInfillingDataset` of several."""
+    names = dataset.corpus_names if isinstance(dataset, BlankInfillingDataset) else ()
+    return names if len(names) > 1 else ()
 
 
 def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -2,10 +2,8 @@
 
 import contextlib
 import math
-import time
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,21 +26,24 @@ from glm_hf.training.arguments import (
     require_one_schedule,
     require_whole_steps,
 )
-from glm_hf.training.checkpoints import STATE_FILE, CheckpointingTrainer
+from glm_hf.training.checkpoints import STATE_FILE
 from glm_hf.training.data.collator import DataCollatorForBlankInfilling
 from glm_hf.training.data.dataset import BlankInfillingDataset
 from glm_hf.training.data.sampler import ShuffledEpochs, StepSampler, loader_options
-from glm_hf.training.deepspeed_zero import DeferredStep, gradient_norm
+from glm_hf.training.deepspeed_zero import DeferredStep
 from glm_hf.training.divergence import DivergenceError, DivergenceWatch, record_event, stop_message
 from glm_hf.training.gradient_shrink import shrink_embedding_gradient
-from glm_hf.training.measurements import LossMeter, flops_per_token, peak_tflops
+from glm_hf.training.logs.measured_trainer import MeasuredTrainer
+from glm_hf.training.logs.run_log import RunLog
+from glm_hf.training.measurements import LossMeter
 from glm_hf.training.pipeline.micro_batches import Batch, split_rows
 from glm_hf.training.schedules import BatchSchedule, LearningRateSchedule, PiecewiseLinear, parse_ranges
+from glm_hf.training.token_loss import names_of_corpora
 
 logger = logging.get_logger(__name__)
 
 
-class GLMTrainer(CheckpointingTrainer):
+class GLMTrainer(MeasuredTrainer):
     """
     transformers' `Trainer`, counting in samples, with GLM-130B's schedules, losses by objective and safeguards.
 
@@ -51,10 +52,12 @@ class GLMTrainer(CheckpointingTrainer):
     length whose items `DataCollatorForBlankInfilling` takes. Checkpoints appear only when they are complete; a run
     that is resumed continues with the same batches, whatever the number of workers and processes.
 
-    Logged besides: `loss_mask`, `loss_smask`, `loss_gmask`, `loss_instruction` (means per predicted token),
-    `embedding_grad_norm`, `embedding_gradient_shrink`, `samples`, `tokens_per_second`, and `mfu`, the model FLOPs
-    utilization, where the peak of the device is known. `eval_loss` is the mean over all predicted tokens, whatever the
-    batches and processes, with `eval_loss_mask` and so on beside it.
+    Logged besides: `loss_mask`, `loss_smask`, `loss_gmask`, `loss_instruction` (means per predicted token), of several
+    corpora `loss/NAME`, `embedding_grad_norm` and `grad_norm/GROUP` of groups of layers, before clipping,
+    `embedding_gradient_shrink`, `samples`, `tokens_per_second`, and where the peak of the device is known `mfu` and
+    `hfu`, the model and hardware FLOPs utilization. `eval_loss` is the mean over all predicted tokens, whatever the
+    batches and processes, with `eval_loss_mask`, `eval_loss/NAME` and so on beside it. All of it is also in
+    `log.jsonl` in the output folder.
 
     Predictions, as `predict` returns and metrics get them, are `(rows, L, V)`, and label ids `(rows, L)` are what each
     token is to predict.
@@ -99,11 +102,10 @@ class GLMTrainer(CheckpointingTrainer):
         self.alpha_schedule = None if shrink is None else PiecewiseLinear.of(shrink)
         self.alpha_factor = 1.0
         self.watch = DivergenceWatch(args.spike_threshold)
-        self.meter = LossMeter(args.device)
+        self.meter = LossMeter(args.device, names_of_corpora(self.train_dataset))
         self.eval_meter = LossMeter(args.device)
-        self.embedding_norm: torch.Tensor | None = None
+        self.run_log = RunLog(args.output_dir)
         self.step_loss: torch.Tensor | None = None
-        self.last_log = time.perf_counter()
 
     def _require_possible(self) -> None:
         """Raise ValueError if the model, the data or DeepSpeed do not go with the arguments."""
@@ -200,7 +202,7 @@ class GLMTrainer(CheckpointingTrainer):
             with contextlib.nullcontext() if is_last or uses_zero else self.accelerator.no_sync(model):
                 losses.append(super().training_step(model, piece, num_items))
         self.step_loss = torch.stack(losses).sum()
-        self.embedding_norm = self._measure_embedding()
+        self._take_gradient_norms(self._squared_gradient_norms().sqrt())
         if uses_zero:
             self._check_step(0.0)
             self.model_wrapped.step()
@@ -223,18 +225,6 @@ class GLMTrainer(CheckpointingTrainer):
         """Return a step's samples in pieces of `per_device_train_batch_size`, or less if `auto_find_batch_size`."""
         first, end = self.samples_before[self.state.global_step : self.state.global_step + 2]
         return split_rows(inputs, -(-(int(end - first) // self.data_size) // self._train_batch_size))
-
-    def _measure_embedding(self) -> torch.Tensor | None:
-        """Return the norm of the embedding's gradient, without a loss scale; None where it is not trained."""
-        weight = self.model.get_input_embeddings().weight
-        if not weight.requires_grad:
-            return None
-        if self.is_deepspeed_enabled:
-            return gradient_norm(weight)
-        if weight.grad is None:
-            return None
-        scale = 1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()
-        return weight.grad.float().norm() / scale
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Return the norm of the gradient, after a look at whether the update may be made."""
@@ -281,41 +271,6 @@ class GLMTrainer(CheckpointingTrainer):
             samples = [sample | self.train_dataset.origin(sample["sample"]) for sample in samples]
         return record_event(self.args.output_dir, event | {"samples": samples}, writes=self.is_world_process_zero())
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as `Trainer` does, with losses by objective, the embedding's gradient and throughput."""
-        if "loss" in logs:
-            logs = logs | self._measurements()
-        super().log(logs, start_time)
-
-    def _measurements(self) -> dict[str, float]:
-        """Return what was measured since the last log."""
-        taken = self.accelerator.reduce(self.meter.take())
-        now = time.perf_counter()
-        seconds, self.last_log = now - self.last_log, now
-        found = LossMeter.describe(taken)
-        if self.embedding_norm is not None:
-            found["embedding_grad_norm"] = float(self.embedding_norm)
-        if self.alpha_schedule is not None:
-            found["embedding_gradient_shrink"] = self.model.config.embedding_gradient_shrink
-        found["samples"] = int(self.samples_before[self.state.global_step])
-        num_tokens = float(taken[-1])
-        if num_tokens:
-            found["tokens_per_second"] = num_tokens / seconds
-            peak = self.args.peak_tflops or peak_tflops(self.args.device)
-            if peak:
-                found["mfu"] = num_tokens * self.flops_per_token / (seconds * peak * 1e12 * self.args.world_size)
-        return found
-
-    @cached_property
-    def flops_per_token(self) -> float:
-        """Operations of forward and backward pass per token."""
-        length = getattr(getattr(self.data_collator, "recipe", None), "row_length", 0)
-        return flops_per_token(self.model.config, self.model.num_parameters(), length)
-
-    def floating_point_ops(self, inputs: dict[str, Any]) -> float:
-        """Return the operations of a step's inputs."""
-        return self.flops_per_token * inputs["input_ids"].numel()
-
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Do what is due at the end of a step; an epoch ends when the dataset's length was trained on."""
         step, length = self.state.global_step, len(self.train_dataset)
@@ -361,4 +316,7 @@ class GLMTrainer(CheckpointingTrainer):
             if self.alpha_factor != 1 and self.alpha_schedule is None:
                 self.alpha_schedule = PiecewiseLinear.of(self.model.config.embedding_gradient_shrink)
             self.watch.restore(state["watch"])
+        self._start_clock()
+        if self.is_world_process_zero():
+            self.run_log.begin(self.state.log_history)
         return result

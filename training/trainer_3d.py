@@ -27,19 +27,21 @@ from glm_hf.training.arguments import (
 from glm_hf.training.checkpoints import UNFIT
 from glm_hf.training.data.blanks import IGNORED
 from glm_hf.training.data.sampler import loader_options
-from glm_hf.training.measurements import LossMeter
+from glm_hf.training.deepspeed_zero import local_gradients, loss_scale_of
+from glm_hf.training.logs.measured_trainer import num_recomputed_layers
+from glm_hf.training.measurements import LossMeter, ParameterGroups, layer_flops_per_token
 from glm_hf.training.pipeline.checkpoint import load_engine, require_own, save_engine
 from glm_hf.training.pipeline.engine import (
     check_before_update,
     deepspeed_3d_config,
     global_norm,
     make_engine,
-    squared_norm,
     start_deepspeed,
     summed,
 )
 from glm_hf.training.pipeline.heartbeat import Heartbeat
 from glm_hf.training.pipeline.micro_batches import Batch, common_shape, empty_batch, micro_batches, require_names
+from glm_hf.training.token_loss import names_of_corpora
 from glm_hf.training.trainer import GLMTrainer
 
 EVAL_ROUNDS = 4  # micro-batches per stage that are evaluated in one go, so that stages rarely wait
@@ -210,14 +212,37 @@ class GLM3DTrainer(GLMTrainer):
         if self.is_reporter:
             (self.meter if self.model.training else self.eval_meter).add(losses, labels, *origin)
 
+    @cached_property
+    def parameter_groups(self) -> ParameterGroups:
+        """Groups of the parameters of this process that no other counts."""
+        named = [
+            (prefix + name, parameter)
+            for prefix, module in self.model.named_parts()
+            for name, parameter in module.named_parameters()
+            if not parameter.ds_pipe_replicated and (parameter.tensor_model_parallel or self.tensor_rank == 0)
+        ]
+        embedding = self.model.forward_funcs[0].weight if self.model.is_first else None
+        return ParameterGroups(named, embedding, self.model.config.num_hidden_layers)
+
+    def _squared_gradient_norms(self) -> torch.Tensor:
+        """Return `(G,)` the squared norms of this process's part of the groups' gradients, without a loss scale."""
+        groups = self.parameter_groups
+        local = groups.squared_norms(local_gradients(p for p, _ in groups.members), self.args.device)
+        return local / loss_scale_of(self.engine.optimizer) ** 2
+
+    @cached_property
+    def recomputed_flops_per_token(self) -> float:
+        """Operations per token that are done twice to save memory, on all stages."""
+        own = torch.tensor(num_recomputed_layers(self.model), device=self.args.device)
+        layers = summed([own])[0] / (self.parallel.tp_size * self.parallel.dp_size)
+        return layers * layer_flops_per_token(self.model.config, self.row_length)
+
     def _may_update(self) -> bool:
         """Measure a step's loss and gradients before its update, and tell whether it may be made."""
         engine = self.engine
-        zero = torch.zeros((), device=self.args.device)
-        embedding = squared_norm(engine, self.model.forward_funcs[0].weight) if self.model.is_first else zero
-        loss = engine.total_loss / engine.gradient_accumulation_steps() if self.is_reporter else zero
-        squared, total = summed([embedding, loss])
-        self.embedding_norm = torch.tensor(squared).sqrt()
+        loss = engine.total_loss / engine.gradient_accumulation_steps() if self.is_reporter else torch.zeros(1)
+        *squared, total = summed([*self._squared_gradient_norms(), loss.to(self.args.device)])
+        self._take_gradient_norms(torch.tensor(squared).sqrt())
         self.step_loss = torch.tensor(total / self.data_size, device=self.args.device)
         if self.args.divergence_action == "none":
             return True
@@ -275,7 +300,7 @@ class GLM3DTrainer(GLMTrainer):
         if description != "Evaluation":
             raise ValueError("a pipeline gives no predictions; export the model and load it with from_pretrained")
         self.make_engine()
-        self.eval_meter.take()
+        self.eval_meter = LossMeter(self.args.device, names_of_corpora(dataloader.dataset))
         number, size = len(cast(Sized, dataloader.dataset)), self.args.per_device_eval_batch_size
         rounds = -(-number // (size * self.data_size))  # of the replica that has the most batches
         at_once = min(rounds, EVAL_ROUNDS * self.parallel.pp_size)
@@ -293,7 +318,7 @@ class GLM3DTrainer(GLMTrainer):
                 num_micro_batches=at_once,
             )
         taken = torch.tensor(summed(list(self.eval_meter.take())))
-        return EvalLoopOutput(None, None, LossMeter.describe_evaluation(taken, metric_key_prefix), number)
+        return EvalLoopOutput(None, None, self.eval_meter.describe_evaluation(taken, metric_key_prefix), number)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write a Hugging Face folder, each stage its own files; within a checkpoint, what training resumes from."""

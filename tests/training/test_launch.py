@@ -283,7 +283,7 @@ def test_a_file_that_is_no_configuration_is_one_line(tmp_path, capsys):
 def test_training_that_stops_itself_is_one_line(settings, tmp_path, capsys, monkeypatch):
     from glm_hf.training import GLMTrainer
 
-    monkeypatch.setattr(GLMTrainer, "_measure_embedding", lambda self: torch.tensor(torch.nan))
+    monkeypatch.setattr(GLMTrainer, "_squared_gradient_norms", lambda self: torch.full((4,), torch.nan))
     monkeypatch.setattr(GLMTrainer, "compute_loss", nan_loss(GLMTrainer.compute_loss))
     code, _, err = run_command(settings, tmp_path, capsys)
     assert code == 1

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from glm_hf import GLMForBlankInfilling
 from glm_hf.training import GLMTrainer
-from glm_hf.training import trainer as trainer_module
 from glm_hf.training.data.sampler import ShuffledEpochs, StepSampler
+from glm_hf.training.logs import measured_trainer
 
 
 def test_a_run_equals_a_plain_loop(model_folder, tmp_path):
@@ -275,7 +275,7 @@ def test_a_run_of_steps_is_longer_than_its_samples(model_folder, tmp_path):
 
 def test_throughput_is_of_the_time_since_the_last_log(model_folder, tmp_path, monkeypatch):
     clock = iter(range(0, 1000, 10))
-    monkeypatch.setattr(trainer_module, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
+    monkeypatch.setattr(measured_trainer, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
     trainer = make_trainer(model_folder, tmp_path, max_steps=3)
     tokens = [int((batch["segment_ids"] > 0).sum()) for batch in trainer.get_train_dataloader()]
     trainer.train()

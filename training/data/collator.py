@@ -67,7 +67,8 @@ class DataCollatorForBlankInfilling:
         recipe: Shares and lengths of the blanks.
         seed: Seed of all random draws.
         sentence_end_ids: Tokens that end a sentence, for `[sMASK]` blanks; see `sentence_ends`.
-        with_origin: Whether to return `objectives` and `sample_ids` `(B,)`, too, of features that have a `sample_id`.
+        with_origin: Whether to return `objectives`, `corpora` and `sample_ids` `(B,)`, too, of features that have a
+            `sample_id`.
         with_labels: Whether to return `labels`, and the column of padding that they may need.
         padding: `"max_length"` pads to `row_length` (and a column more with `labels`), `"longest"` to the longest row
             of a batch, or as `"max_length"` does where accelerate joins the batches of several processes: those of a
@@ -124,6 +125,7 @@ class DataCollatorForBlankInfilling:
         tensors = {name: torch.from_numpy(values) for name, values in batch.items()}
         if self.with_origin:
             tensors["objectives"] = torch.tensor([OBJECTIVES.index(row.objective) for row in rows])
+            tensors["corpora"] = torch.tensor([row.corpus for row in rows])
             tensors["sample_ids"] = torch.tensor([row.sample_id for row in rows])
         return tensors
 

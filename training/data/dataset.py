@@ -3,7 +3,10 @@
 Row `n` of the sequence depends on nothing but the seed and `n`, so any process can begin anywhere.
 """
 
+import os
+import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -127,6 +130,11 @@ class BlankInfillingDataset(Dataset):
         self.rows_before = np.zeros((1, len(corpora)), dtype=np.int64)  # of each corpus, at the start of every block
         self.block = -1, np.empty(0, np.int64), np.empty(0, np.int64)
 
+    @property
+    def corpus_names(self) -> tuple[str, ...]:
+        """Name of every corpus in logs: what its path has besides those of others, patterns and file types."""
+        return names_of([str(rows.corpus.facts["source"]) for rows in self.rows])
+
     def row_shares(self, numbers: np.ndarray) -> np.ndarray:
         """Return `(rows, corpora)` the probability of each corpus, which turns shares of tokens into those of rows."""
         is_instructions = np.array([rows.is_instructions for rows in self.rows])
@@ -177,9 +185,23 @@ class BlankInfillingDataset(Dataset):
     def __getitem__(self, number: int) -> Row:
         """Return row `number`, at least 0."""
         corpora, numbers = self.choose(number // BLOCK)
-        return self.rows[corpora[number % BLOCK]].row(int(numbers[number % BLOCK]), number)
+        corpus = int(corpora[number % BLOCK])
+        return replace(self.rows[corpus].row(int(numbers[number % BLOCK]), number), corpus=corpus)
 
     def origin(self, number: int) -> dict[str, object]:
         """Tell where row `number` comes from: its corpus, and the numbers of its documents there."""
         corpora, numbers = self.choose(number // BLOCK)
         return self.rows[corpora[number % BLOCK]].origin(int(numbers[number % BLOCK]))
+
+
+def names_of(paths: Sequence[str]) -> tuple[str, ...]:
+    """
+    Return short names of corpora, each another.
+
+        corpus/en/*.jsonl  corpus/zh/*.parquet  ->  en  zh
+    """
+    kept = [re.sub(r"(/?\*+)?(\.\w+)*$", "", path) or path for path in paths]
+    folders = [os.path.dirname(path) for path in kept]
+    shared = os.path.commonpath(folders) if len({*map(os.path.isabs, folders)}) == 1 else ""
+    names = [re.sub(r"[^\w./-]+", "_", os.path.relpath(path, shared) if shared else path) for path in kept]
+    return tuple(f"{name}-{number}" if names.count(name) > 1 else name for number, name in enumerate(names))

@@ -13,6 +13,8 @@ import numpy as np
 from glm_hf.training.data.blanks import exclusive_sum, ragged_range
 from glm_hf.training.data.recipe import OBJECTIVES, InfillingRecipe
 
+NO_CORPUS = -1  # of a row that comes from no known corpus
+
 
 @dataclass(frozen=True)
 class Row:
@@ -30,6 +32,8 @@ class Row:
     """Keys the draws of its blanks."""
     samples_before: int = 0
     """Texts of the same `sample_id` in earlier rows."""
+    corpus: int = NO_CORPUS
+    """Number of its corpus in the dataset."""
 
 
 def next_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:

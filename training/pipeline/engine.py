@@ -142,15 +142,6 @@ def global_norm(engine: Any) -> float:
     return norm / engine.optimizer.loss_scale if math.isfinite(norm) else math.inf
 
 
-def squared_norm(engine: Any, parameter: torch.Tensor) -> torch.Tensor:
-    """Return the squared norm of this process's part of a gradient before an update, without a loss scale."""
-    fragment = parameter._hp_mapping  # type: ignore[attr-defined]  # None if other replicas update it
-    if fragment is None:
-        return torch.zeros((), device=parameter.device)
-    gradient = fragment.get_lp_grad_fragment(parameter._index_in_param_group)  # type: ignore[attr-defined]
-    return (gradient.float() / engine.optimizer.loss_scale).square().sum()
-
-
 def summed(values: list[torch.Tensor], group: dist.ProcessGroup | None = None) -> list[float]:
     """Return the sums of some scalars over all processes, or over those of a group."""
     packed = torch.stack([value.detach().double().reshape(()) for value in values])

@@ -13,7 +13,7 @@ from glm_hf.training.data.blanks import IGNORED
 
 Batch = dict[str, torch.Tensor]
 INPUTS = ("input_ids", "position_ids", "segment_ids")
-LABELS = ("shift_labels", "segment_ids", "objectives", "sample_ids")
+LABELS = ("shift_labels", "segment_ids", "objectives", "corpora", "sample_ids")
 NO_SAMPLE = -1  # sample id of a row that is padding
 
 
@@ -59,8 +59,8 @@ def pad_batch(batch: Batch, num_rows: int, length: int, pad_token_id: int) -> Ba
 def empty_batch(pad_token_id: int) -> Batch:
     """Return a batch of one row without a token."""
     nothing = torch.empty(0, dtype=torch.int64)
-    names = dict.fromkeys((*INPUTS, "shift_labels"), nothing[:, None]) | {"objectives": nothing, "sample_ids": nothing}
-    return pad_batch(names, 1, 1, pad_token_id)
+    tensors = {name: nothing[:, None] if name in (*INPUTS, "shift_labels") else nothing for name in (*INPUTS, *LABELS)}
+    return pad_batch(tensors, 1, 1, pad_token_id)
 
 
 def micro_batches(

@@ -75,6 +75,7 @@ def add_run_options(group: Any) -> list[argparse.Action]:
         add("--no-checkpointing", action="store_true", help="keep activations instead of recomputing them"),
         add("--target-share", type=float, metavar="X", help="share of the tokens that are predicted (default: 1)"),
         add("--schedule", help="1f1b as the trainer; to compare: gpipe, naive (default: 1f1b)"),
+        add("--offload", choices=("none", "cpu", "nvme"), help="plan ZeRO-3 on --data GPUs, its state on these"),
         add("--timeline", metavar="FILE", help="write a PNG of when every stage computes"),
     ]
 
@@ -147,6 +148,7 @@ def plan_training(options: argparse.Namespace, config: "GLMConfig") -> None:
     from glm_hf.planning.devices import parse_size
     from glm_hf.planning.timeline import plot_timeline
     from glm_hf.planning.training import TrainingPlan, TrainingRequest
+    from glm_hf.planning.training_offload import OffloadPlan
     from glm_hf.sharding.degrees import ParallelDegrees
 
     if options.timeline is not None and find_spec("matplotlib") is None:
@@ -156,22 +158,25 @@ def plan_training(options: argparse.Namespace, config: "GLMConfig") -> None:
     degrees = ParallelDegrees(**given(options, DEGREES))
     micro_batch = 1 if options.micro_batch is None else options.micro_batch
     per_round = micro_batch * degrees.dp_size * degrees.pp_size
-    planned = TrainingPlan(
-        TrainingRequest(
-            config,
-            degrees,
-            machine_of(options),
-            micro_batch,
-            per_round if options.global_batch is None else options.global_batch,
-            config.max_position_embeddings if options.sequence is None else options.sequence,
-            checkpointing=not options.no_checkpointing,
-            reserve=parse_size(options.reserve),
-            **given(options, REQUEST),
-        )
+    request = TrainingRequest(
+        config,
+        degrees,
+        machine_of(options),
+        micro_batch,
+        per_round if options.global_batch is None else options.global_batch,
+        config.max_position_embeddings if options.sequence is None else options.sequence,
+        checkpointing=not options.no_checkpointing,
+        reserve=parse_size(options.reserve),
+        **given(options, REQUEST),
     )
+    if options.offload is not None and options.timeline is not None:
+        raise ValueError("--timeline is of a pipeline, which --offload has not")
+    planned: TrainingPlan | OffloadPlan = TrainingPlan(request)
+    if options.offload is not None:
+        planned = OffloadPlan(request, options.offload)
     print(json.dumps(planned.to_dict()) if options.json else planned.describe())
-    if options.timeline is not None:
-        plot_timeline(planned.run, options.timeline, f"{degrees.describe()}, {planned.request.schedule}")
+    if options.timeline is not None and isinstance(planned, TrainingPlan):
+        plot_timeline(planned.run, options.timeline, f"{degrees.describe()}, {request.schedule}")
     if not planned.fits:
         raise ValueError(f"does not fit: {planned.advice()}")
 

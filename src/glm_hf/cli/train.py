@@ -1,4 +1,4 @@
-"""Subcommand `train`."""
+"""Subcommands `train` and `report`."""
 
 import argparse
 import os
@@ -25,3 +25,22 @@ def train(options: argparse.Namespace) -> None:
     folder = train_run(RunConfig.read(options.config), **settings)
     if os.environ.get("RANK", "0") == "0":
         print(folder)
+
+
+def add_report(commands: Any) -> None:
+    """Add `report`."""
+    text = "Draw the curves of a training run, finished or not: losses, norms of gradients, throughput, MFU and HFU."
+    command = add_command(commands, "report", report, text, registers=False)
+    command.add_argument("folder", metavar="RUN", help="output folder of the run, or its log.jsonl")
+    command.add_argument("--output", metavar="FILE", help="file .html or .png (default: report.html in the folder)")
+
+
+def report(options: argparse.Namespace) -> None:
+    """Run `report`."""
+    from glm_hf.training.logs.curves import write_report
+
+    is_folder = os.path.isdir(options.folder)
+    default = os.path.join(options.folder, "report.html") if is_folder else f"{options.folder}.html"
+    path = default if options.output is None else options.output
+    write_report(options.folder, path)
+    print(path)

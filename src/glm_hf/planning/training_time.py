@@ -24,7 +24,7 @@ from dataclasses import dataclass, fields
 
 from glm_hf.planning.table import GIB
 from glm_hf.planning.training_memory import Shape, stage_parameters
-from glm_hf.training.measurements import PEAK_TFLOPS
+from glm_hf.training.measurements import PEAK_TFLOPS, layer_flops_per_token
 
 # Assumed, not measured here. With these, the run of the paper comes out 3% faster than it was. Kernels fused by hand,
 # as Megatron-LM's, reach more than half of the peak; small models and narrow parts of layers less.
@@ -123,8 +123,7 @@ def is_in_node(kind: str, shape: Shape, gpu: Gpu) -> bool:
 
 def layer_operations(shape: Shape) -> int:
     """Return the operations of a layer's forward pass on a micro-batch, over its ranks."""
-    hidden, inner = shape.config.hidden_size, shape.config.intermediate_size
-    return shape.tokens * (2 * (4 * hidden**2 + 3 * hidden * inner) + 4 * hidden * shape.sequence)
+    return shape.tokens * layer_flops_per_token(shape.config, shape.sequence)
 
 
 def head_operations(shape: Shape) -> int:

@@ -13,9 +13,10 @@ BATCH = {
     "segment_ids": torch.ones_like(ROW),
     "shift_labels": ROW + 2,
     "objectives": torch.tensor([1]),
+    "corpora": torch.tensor([3]),
     "sample_ids": torch.tensor([7]),
 }
-LABELS = ("shift_labels", "segment_ids", "objectives", "sample_ids")
+LABELS = ("shift_labels", "segment_ids", "objectives", "corpora", "sample_ids")
 
 
 def test_padding_is_neither_seen_nor_predicted_nor_counted():
@@ -26,6 +27,7 @@ def test_padding_is_neither_seen_nor_predicted_nor_counted():
         "segment_ids": [[1, 1, 0], [0, 0, 0]],
         "shift_labels": [[7, 8, -100], [-100, -100, -100]],
         "objectives": [1, 0],
+        "corpora": [3, 0],
         "sample_ids": [7, -1],
     }
     meter = LossMeter(torch.device("cpu"))
@@ -39,9 +41,9 @@ def test_all_pieces_have_the_shape_that_the_largest_need():
     long = {name: values.repeat(1, 3) if values.ndim > 1 else values for name, values in BATCH.items()}
     pieces = list(micro_batches([(BATCH, 0.5), (long, 2.0)], pad_token_id=9))
     assert [tuple(layout.shape) for (layout,), _ in pieces] == [(3, 1, 6), (3, 1, 6)]
-    (layout,), (labels, factor, segments, objectives, sample_ids) = pieces[0]
+    (layout,), (labels, factor, segments, objectives, corpora, sample_ids) = pieces[0]
     assert layout[:, 0].tolist() == [[5, 6, 9, 9, 9, 9], [6, 7, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0]]
-    assert (float(factor), objectives.tolist(), sample_ids.tolist()) == (0.5, [1], [7])
+    assert (float(factor), objectives.tolist(), corpora.tolist(), sample_ids.tolist()) == (0.5, [1], [3], [7])
     assert labels.tolist() == [[7, 8, -100, -100, -100, -100]]
     assert torch.equal(segments, layout[2])
 
