@@ -35,6 +35,7 @@ DEFERRED = {
     "glm_hf.quantization.kernels_triton",
     "glm_hf.quantization.kernels_triton_attention",
     "glm_hf.quantization.kernels_triton_step",
+    "glm_hf.training.pipeline.fp32_gradients",
     "glm_hf.training.pipeline.model",
     *(f"glm_hf.serving.{name}" for name in ("app", "chat", "completions", "guard", "launch", "metrics", "protocol")),
     *(f"glm_hf.serving.{name}" for name in ("service", "text", "worker")),

@@ -19,10 +19,7 @@ from transformers.utils import logging
 
 from glm_hf.sharding.degrees import ParallelDegrees
 
-logger = logging.get_logger(__name__)
-
-MOST_BF16_SUMS = 128  # of equal gradients with noise of their own size, 1% is lost; of 1024, a third (simulated)
-BUCKET_SIZE = 50_000_000  # numbers; DeepSpeed's 500 million would take 1 GB more in 16 bits
+BUCKET_SIZE = 50_000_000  # elements; DeepSpeed's 500 million would take 2 GB more in fp32
 
 
 def deepspeed_3d_config(
@@ -47,7 +44,7 @@ def deepspeed_3d_config(
         global_batch_size: Samples of a step; by default a micro-batch per replica and stage, the least that keeps all
             stages busy at once.
         precision: Precision of the weights, `"fp16"`, `"bf16"` or `"fp32"`; in 16 bits, the optimizer keeps fp32
-            weights.
+            weights, and gradients add up in fp32.
         max_grad_norm: Norm at which gradients are clipped, 0 for no clipping.
         base: Further keys of DeepSpeed, or a JSON file of them; those above win.
 
@@ -63,17 +60,12 @@ def deepspeed_3d_config(
     if "offload_optimizer" in zero:
         raise ValueError("a pipeline keeps its optimizer on the GPUs; leave offload_optimizer out, or raise dp_size")
     if "data_types" in given:
-        raise ValueError("in a pipeline, gradients add up in the dtype of the weights; leave data_types out")
+        raise ValueError("in a pipeline, gradients add up in fp32; leave data_types out")
     if precision not in ("fp16", "bf16", "fp32"):
         raise ValueError(f"precision must be fp16, bf16 or fp32, got {precision!r}")
     per_round = micro_batch_size * dp_size
     global_batch_size = per_round * pp_size if global_batch_size is None else global_batch_size
     steps = -(-global_batch_size // per_round)
-    if precision == "bf16" and steps > MOST_BF16_SUMS:
-        logger.warning_once(
-            f"the gradients of {steps} micro-batches add up in bf16, which loses more than 1% of them; use fp16, or "
-            "larger micro-batches"
-        )
     config = given | {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": steps,
@@ -81,6 +73,8 @@ def deepspeed_3d_config(
         "gradient_clipping": max_grad_norm,
         "zero_optimization": zero | {"stage": 1},
         "zero_allow_untested_optimizer": True,
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
     }
     for name in ("fp16", "bf16"):
         config[name] = given.get(name, {}) | {"enabled": precision == name}
@@ -105,11 +99,10 @@ def start_deepspeed() -> None:
 
 def make_engine(pipeline: Any, optimizer: Optimizer, config: dict[str, Any]) -> Any:
     """Return the engine that trains a pipeline by `optimizer`, whose learning rate is the caller's to change."""
-    import deepspeed
+    from glm_hf.training.pipeline.fp32_gradients import FP32GradientsEngine
 
     with redirect_stdout(sys.stderr):
-        engine, *_ = deepspeed.initialize(model=pipeline, optimizer=optimizer, config=config)
-    return engine
+        return FP32GradientsEngine(pipeline, optimizer, config)
 
 
 def check_before_update(engine: Any, may_update: Callable[[], bool]) -> None:

@@ -7,7 +7,7 @@ first stage has the embedding, the last the final norm and the LM head, a replic
 
 weights      `P * e`, in one piece that is padded to a multiple of `2d` per group of the optimizer (with weight decay
              and without).
-gradients    `P * e`: ZeRO-1 shards the optimizer only.
+gradients    `4 * P`: they add up in fp32, and ZeRO-1 shards the optimizer only.
 optimizer    `12 * P / d`: master weights in fp32, also of weights in fp32, and two moments.
 activations  What a stage keeps of every micro-batch in flight, and what the backward pass of one adds to it.
              Kept by a layer, as autograd's graph tells, in elements of `e` bytes per token
@@ -22,11 +22,11 @@ activations  What a stage keeps of every micro-batch in flight, and what the bac
              Added: a layer's own with checkpointing, and the widest moment of its backward pass, of the MLP; or that
              of the LM head, three copies of the logits in fp32.
 buffers      In computing, what is received, `T * D * e` each way, and the gradient of the largest parameter before it
-             is added. Memory must also do for two other moments, when activations are gone; what these take more
-             counts as buffers:
-             reducing  Gradients are averaged: plan_zero_3d.py.
-             updating  The rank's gradients, flat, in `e` bytes and in fp32; or the norm of one, in fp64; beside what
-                       reducing has left.
+             is added, in 16 bits with its copy in fp32. Memory must also do for two other moments, when activations
+             are gone; what these take more counts as buffers:
+             reducing  Gradients are averaged: training_zero.py.
+             updating  What reducing has left, and the norm of one gradient in fp64; in fp32, or the rank's
+                       gradients, flat.
 
 Gradients are counted from the first micro-batch on, which is too much where no more micro-batches come than are in
 flight at once. Not counted: CUDA's context, workspaces of libraries and fragmentation, which a reserve is for. The
@@ -41,7 +41,7 @@ from math import ceil, prod
 
 from glm_hf.configuration_glm import GLMConfig
 from glm_hf.planning.memory import linear_shapes
-from glm_hf.planning.training_zero import optimizer_groups, partition_size, reducing_elements, touched_elements
+from glm_hf.planning.training_zero import optimizer_groups, partition_size, places_of, reducing_elements
 from glm_hf.sharding.degrees import ParallelDegrees
 from glm_hf.sharding.rules import shard_rule
 
@@ -216,15 +216,17 @@ def stage_memory(shape: Shape, stage: int, in_flight: int, checkpointing: bool) 
     groups = optimizer_groups(parameters)
     largest = max(numbers for _, numbers in parameters)
     total, partition = sum(map(sum, groups)), sum(partition_size(group, dp_size) for group in groups)
-    weights, gradients = partition * dp_size * size, total * size
+    weights, gradients = partition * dp_size * size, total * 4
     activations = activation_bytes(shape, stage, in_flight, checkpointing)
 
     received = shape.state_bytes * ((stage > 0) + (stage < shape.parallel.pp_size - 1))
-    flat = partition * (size if size == 4 else size + 4)
+    is_16_bit, adds = size == 2, shape.num_micro_batches > 1
+    flat = 0 if is_16_bit else 4 * partition
+    added = largest * (size * (adds or is_16_bit) + 4 * (adds and is_16_bit))
     held = {
-        "computing": gradients + activations + largest * size * (shape.num_micro_batches > 1),
-        "reducing": max(reducing_elements(groups, dp_size)) * size,
-        "updating": max(touched_elements(groups, dp_size)) * size + max(flat, 8 * min(largest, partition)),
+        "computing": gradients + activations + added,
+        "reducing": 4 * max(reducing_elements(groups, dp_size, is_16_bit)),
+        "updating": 4 * max(places_of(groups, dp_size, is_16_bit)) + max(flat, 8 * min(largest, partition)),
     }
     moments = {name: weights + 12 * partition + received + num_bytes for name, num_bytes in held.items()}
     buffers = max(moments.values()) - weights - gradients - 12 * partition - activations

@@ -154,13 +154,13 @@ def sent_bytes(shape: Shape, stage: int, checkpointing: bool) -> dict[str, float
     """Return what a GPU of a stage sends in a step, by kind (module docstring)."""
     config, parallel, count = shape.config, shape.parallel, shape.num_micro_batches
     first, last = stage == 0, stage == parallel.pp_size - 1
-    parameters = sum(numbers for _, numbers in stage_parameters(shape, stage)) * shape.size
+    parameters = sum(numbers for _, numbers in stage_parameters(shape, stage))
     is_tied = config.tie_word_embeddings and parallel.pp_size > 1 and (first or last)
     return {
         "tensor": count * sum(tensor_bytes(shape, stage, checkpointing)),
         "pipeline": count * ((not last) * forward_message(shape) + (not first) * shape.state_bytes),
-        "data": 1.5 * reduced_bytes(parameters, parallel.dp_size),
-        "tied": is_tied * config.vocab_size // parallel.tp_size * config.hidden_size * shape.size,
+        "data": reduced_bytes(parameters * (4 + shape.size / 2), parallel.dp_size),
+        "tied": is_tied * config.vocab_size // parallel.tp_size * config.hidden_size * 4,
     }
 
 

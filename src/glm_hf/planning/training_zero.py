@@ -5,9 +5,10 @@ of a step gradients are averaged in buckets, group by group:
 
     1. A gradient moves into the bucket, or stays where it is if it is larger than that. A full bucket is averaged.
     2. What several replicas update is sent together, joined in a new tensor, as much as a bucket would hold.
-    3. The gradients of parameters of which the replica itself updates any part are copied to a place for all of them.
+    3. In a model of 16 bits, what the replica itself updates is added to a place for all of its group. In fp32, the
+       gradients of parameters of which it updates any part are copied to one for all of them.
 
-All sizes are in elements of the model's dtype.
+All sizes are in elements of fp32, in which gradients add up.
 
 Source: DeepSpeed 0.19, runtime/zero/stage_1_and_2.py.
 """
@@ -53,12 +54,21 @@ def touched_elements(groups: list[list[int]], dp_size: int) -> list[int]:
     return touched
 
 
-def reducing_elements(groups: list[list[int]], dp_size: int, bucket_size: int = BUCKET_SIZE) -> list[int]:
+def places_of(groups: list[list[int]], dp_size: int, is_16_bit: bool) -> list[int]:
+    """Return, for every replica, the elements of the place of the gradients that it updates by."""
+    if is_16_bit:
+        return [sum(partition_size(group, dp_size) for group in groups)] * dp_size
+    return touched_elements(groups, dp_size)
+
+
+def reducing_elements(
+    groups: list[list[int]], dp_size: int, is_16_bit: bool, bucket_size: int = BUCKET_SIZE
+) -> list[int]:
     """Return, for every replica, the most that it holds while gradients are averaged, the gradients included."""
     buckets = _buckets([slices for group in groups for slices in slices_of(group, dp_size)], bucket_size)
     joined = [_joined(bucket, bucket_size) for bucket in buckets]
     held = [sum(map(sum, groups)) + bucket_size] * dp_size
-    most, touched = list(held), touched_elements(groups, dp_size)
+    most, places = list(held), places_of(groups, dp_size, is_16_bit)
     has_place = [False] * dp_size
     for bucket, extra in zip(buckets, joined, strict=True):
         is_large = _size(bucket[0]) > bucket_size
@@ -67,7 +77,7 @@ def reducing_elements(groups: list[list[int]], dp_size: int, bucket_size: int = 
         most = [max(known, numbers + extra) for known, numbers in zip(most, held, strict=True)]
         for slices in bucket:
             for replica, _ in slices:
-                held[replica] += 0 if has_place[replica] else touched[replica]
+                held[replica] += 0 if has_place[replica] else places[replica]
                 has_place[replica] = True
                 most[replica] = max(most[replica], held[replica])
                 held[replica] -= _size(slices) if is_large else 0

@@ -115,7 +115,8 @@ def test_a_gpu_of_the_paper_holds_these_bytes():
     memory = stage_memory(PAPER, 1, 7, checkpointing=True)
     decayed, plain = 9 * 452_984_832, 9 * (50_176 + 49_152)
     assert (decayed % 48, plain % 48) == (0, 0)  # no padding
-    assert memory.weights == memory.gradients == 2 * (decayed + plain) == 8_155_514_880
+    assert memory.weights == 2 * (decayed + plain) == 8_155_514_880
+    assert memory.gradients == 4 * (decayed + plain)
     assert memory.optimizer == 12 * (decayed + plain) // 24 == 2_038_878_720
     states = 2048 * 12288 * 2
     layer = 2048 * 2 * (4 * 12288 + 6 * 3072 + 4 * 8192) + 2048 * 4 * (4 + 24) + 2048 * 2048 * 2
@@ -123,7 +124,7 @@ def test_a_gpu_of_the_paper_holds_these_bytes():
     widest = layer - states + 2048 * 2 * (2 * 12288 + 2 * 8192)
     assert memory.activations == 7 * kept + widest
     assert memory.moments["computing"] == memory.total
-    assert memory.buffers == 2 * states + 2 * 16384 * 12288  # messages, and the gradient of the up-projection
+    assert memory.buffers == 2 * states + (2 + 4) * 16384 * 12288  # messages, and the up-projection's gradient, twice
 
 
 def test_without_checkpointing_every_layer_counts():
@@ -163,17 +164,24 @@ def test_gradients_of_a_single_copy_move_by_way_of_a_bucket():
     assert memory.moments["updating"] == memory.weights + memory.optimizer + 4 * numbers + memory.weights
 
 
-def test_update_in_16_bits_has_gradients_in_both_precisions():
+def test_update_in_16_bits_has_what_a_replica_updates_by():
     shape = Shape(small_config(), ParallelDegrees(1, 1, 2), 1, 1, 8, "fp16")
+    memory = stage_memory(shape, 0, 1, checkpointing=True)
+    parameters, largest = num_model_parameters(shape.config), 160 * 48
+    assert memory.moments["updating"] == memory.weights + memory.optimizer + 4 * parameters // 2 + 8 * largest
+
+
+def test_update_in_fp32_has_gradients_twice():
+    shape = Shape(small_config(), ParallelDegrees(1, 1, 2), 1, 1, 8, "fp32")
     memory = stage_memory(shape, 0, 1, checkpointing=True)
     matrices = [64 * 48, *[144 * 48, 48 * 48, 160 * 48, 48 * 80] * 2]  # the fifth lies across the middle
     vectors = [48, 48, 144, 48, 48, 48, 160, 48] * 2 + [48, 48]  # the tenth begins the second half
-    halves = (sum(matrices) // 2, sum(vectors) // 2)
+    halves, largest = (sum(matrices) // 2, sum(vectors) // 2), 160 * 48
     assert sum(matrices[:4]) < halves[0] < sum(matrices[:5])
     assert sum(vectors[:9]) == halves[1]
     first = sum(matrices[:5]) + sum(vectors[:9])
     second = sum(matrices[4:]) + sum(vectors[9:])
-    updating = 2 * max(first, second) + 6 * sum(halves)
+    updating = 4 * max(first, second) + max(4 * sum(halves), 8 * largest)
     assert memory.moments["updating"] == memory.weights + memory.optimizer + updating
 
 

@@ -36,12 +36,12 @@ def test_touched_parameters_are_counted_whole():
 
 def test_all_in_one_bucket():
     """A bucket of 100, empty; then full, with a place for all 30; nothing is joined for a single copy."""
-    assert reducing_elements([[10, 20]], 1, bucket_size=100) == [max(30 + 100, 100 + 30)]
+    assert reducing_elements([[10, 20]], 1, False, bucket_size=100) == [max(30 + 100, 100 + 30)]
 
 
 def test_large_gradients_stay_where_they_are():
     """60 held, a bucket of 5, and a place for all: the first is copied before it is freed."""
-    assert reducing_elements([[20, 40]], 1, bucket_size=5) == [60 + 5 + 60]
+    assert reducing_elements([[20, 40]], 1, False, bucket_size=5) == [60 + 5 + 60]
 
 
 def test_parts_of_several_copies_are_joined():
@@ -50,7 +50,7 @@ def test_parts_of_several_copies_are_joined():
     first = 40 + 40 + 0  # the second and the bucket; the first is of one copy, so nothing is joined
     place = {0: 60, 1: 40}
     second = 40 + 40  # the bucket, and the second joined of 10 and 30
-    assert reducing_elements(groups, 2, bucket_size) == [
+    assert reducing_elements(groups, 2, False, bucket_size) == [
         max(60 + 40, first + place[0], second + place[0]),
         max(60 + 40, first, second, 40 + place[1]),
     ]
@@ -58,11 +58,21 @@ def test_parts_of_several_copies_are_joined():
 
 def test_copied_gradients_are_freed_before_others_are_joined():
     """Partitions of 30: 60 and a bucket of 15, a place for all less the first, then 10 and 30 of the second joined."""
-    assert reducing_elements([[20, 40]], 2, bucket_size=15)[0] == 60 + 15 + 60 - 20 + 40
+    assert reducing_elements([[20, 40]], 2, False, bucket_size=15)[0] == 60 + 15 + 60 - 20 + 40
 
 
 def test_no_more_is_joined_than_a_bucket_holds():
     """Partitions of 10: of 40 always two, which are more than a bucket of 15; the last copy has none of these."""
-    assert reducing_elements([[40, 20]], 6, bucket_size=15)[5] == 60 + 15 + 20
-    assert reducing_elements([[40, 20]], 6, bucket_size=35)[5] == 60 + 35 + 40
-    assert reducing_elements([[40]], 4, bucket_size=5) == [40 + 5 + 40] * 4  # joined with nothing, copied as a whole
+    assert reducing_elements([[40, 20]], 6, False, bucket_size=15)[5] == 60 + 15 + 20
+    assert reducing_elements([[40, 20]], 6, False, bucket_size=35)[5] == 60 + 35 + 40
+    assert (
+        reducing_elements([[40]], 4, False, bucket_size=5) == [40 + 5 + 40] * 4
+    )  # joined with nothing, copied as a whole
+
+
+def test_in_16_bits_only_a_replicas_own_part_has_a_place():
+    """A bucket of 40 takes the first matrix, for which a place of 30 is made; then the second, joined of two parts."""
+    assert reducing_elements([[20, 40]], 2, True, bucket_size=40) == [
+        max(60 + 40, 40 + 40 + 30, 40 + 40 + 30),
+        max(60 + 40, 40 + 40, 40 + 30),
+    ]

@@ -346,14 +346,6 @@ class Harm:
         return open, (str(self.file), "w")
 
 
-def test_many_sums_in_bf16_are_worth_a_warning(caplog):
-    deepspeed_3d_config(1, 1, 1, global_batch_size=176, precision="fp16")
-    deepspeed_3d_config(1, 1, 1, global_batch_size=100, precision="bf16")
-    assert "add up in bf16" not in caplog.text
-    deepspeed_3d_config(1, 1, 1, global_batch_size=176, precision="bf16")
-    assert "the gradients of 176 micro-batches add up in bf16" in caplog.text
-
-
 def test_the_configuration_of_deepspeed():
     config = deepspeed_3d_config(
         4, 8, 24, micro_batch_size=1, global_batch_size=4224, base={"bf16": {"enabled": True}}
