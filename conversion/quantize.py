@@ -60,17 +60,13 @@ def quantize_checkpoint(
     source = ModelFolder(src)
     if source.quantization is not None:
         raise ValueError(f"{src} is quantized to int{source.bits} already; quantize the model that is not")
-    stored, dtype = source.tensors, loaded_dtype(source)
+    dtype = loaded_dtype(source)
     shards = plan_shards(made_together(model_tensors(source.config, dtype, quantization)), max_shard_size)
 
     finite = FiniteWeights(strict=True)
 
     def blocks_of(shard: ShardFile) -> Iterator[tuple[str, Tensor]]:
-        for name, unit in shard.units.items():
-            blocks = finite.watch(name, source.read(name))
-            if len(unit) > 1:  # weights are quantized in the dtype that the model is loaded in
-                blocks = (block.to(dtype) for block in blocks)
-            yield from converted(name, blocks, stored[name].dtype, unit)
+        yield from quantized_rows(source, shard.units, finite)
 
     def write_small_files(folder: Path) -> None:
         fields = read_json(Path(src) / "config.json")
@@ -82,6 +78,28 @@ def quantize_checkpoint(
     write_in_segments(
         dst, shards, blocks_of, write_small_files, sources=source.sources, resume=resume, overwrite=overwrite
     )
+
+
+def quantized_rows(
+    source: ModelFolder, units: dict[str, dict[str, Tensor]], finite: FiniteWeights
+) -> Iterator[tuple[str, Tensor]]:
+    """
+    Yield what a quantized model stores in blocks of rows.
+
+    Args:
+        source: Model that is not quantized.
+        units: What is made of each of its tensors, on meta by name: the tensor, and its scale if it is quantized.
+        finite: Watches the values read.
+
+    Yields:
+        (name of a stored tensor, its next rows); a scale comes after its weight.
+    """
+    stored, dtype = source.tensors, loaded_dtype(source)
+    for name, unit in units.items():
+        blocks = finite.watch(name, source.read(name))
+        if len(unit) > 1:  # weights are quantized in the dtype that the model is loaded in
+            blocks = (block.to(dtype) for block in blocks)
+        yield from converted(name, blocks, stored[name].dtype, unit)
 
 
 def loaded_dtype(source: ModelFolder) -> torch.dtype:

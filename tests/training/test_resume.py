@@ -180,7 +180,7 @@ def test_a_full_disk_is_one_error_and_loses_no_checkpoint(model_folder, tmp_path
     message = wait(start(fill_disk_after_two, result), result)
     assert "checkpoint-3 cannot be saved: " in message
     assert message.endswith(f"training can be resumed from {folder / 'checkpoint-2'}")
-    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-1", "checkpoint-2"]
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-1", "checkpoint-2", "log.jsonl"]
     assert_whole(folder)
 
 
@@ -198,7 +198,7 @@ def test_the_first_checkpoint_failing_says_so(model_folder, tmp_path, monkeypatc
 def test_only_the_newest_checkpoints_are_kept(model_folder, tmp_path):
     trainer = make_trainer(model_folder, tmp_path, save_total_limit=2, **SETTINGS)
     trainer.train()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-5", "checkpoint-6"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-5", "checkpoint-6", "log.jsonl"]
     assert trainer._get_output_dir(None) == str(tmp_path)  # no longer the folder of half-written ones
 
 

@@ -53,11 +53,13 @@ def run() -> int:
     try:
         signals.listen()
         code = main()
-    except KeyboardInterrupt:
-        fail(signals.reason())
-        code = signals.exit_code()
     except SystemExit as error:  # of wrong usage
         code = int(error.code or 0)
+    except BaseException as error:
+        if not (isinstance(error, KeyboardInterrupt) or signals.received):  # which libraries turn into other errors
+            raise
+        fail(signals.reason())
+        code = signals.exit_code()
     signals.ending.append(code)
     return code
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from glm_hf.conversion.convert import converted, made_together
 from glm_hf.conversion.formats.model_tensors import model_tensors
 from glm_hf.conversion.formats.safetensors_reader import ModelFolder
-from glm_hf.conversion.quantize import loaded_dtype
+from glm_hf.conversion.quantize import loaded_dtype, quantized_rows
 from glm_hf.conversion.streaming.blocks import progress_bar
 from glm_hf.folders.atomic import AtomicFolder, destination, require_space
 from glm_hf.folders.finite import FiniteWeights
@@ -86,10 +86,8 @@ def export_onnx(
     from glm_hf.onnx.graph import build_graph
     from glm_hf.onnx.weights import FILE, Weights
 
-    stored_as = source.quantization
-    if quantization is not None:
-        stored_as = GLMQuantizationConfig(bits=QUANTIZATIONS[quantization])
-    tensors = model_tensors(source.config, DTYPES[dtype], stored_as)
+    quantized_here = GLMQuantizationConfig(bits=QUANTIZATIONS[quantization]) if quantization is not None else None
+    tensors = model_tensors(source.config, DTYPES[dtype], quantized_here or source.quantization)
     weights = Weights(tensors, DTYPES[dtype])
     graph = build_graph(source.config, weights, opset, {QUANTIZED_HERE: quantization or ""})
     settings = {"dtype": dtype, "quantization": quantization, "opset": opset}
@@ -108,7 +106,7 @@ def export_onnx(
         return
     with target.writing() as folder:
         require_space(target.dst, weights.num_bytes)
-        _write_weights(folder / FILE, weights, _rows(source, tensors))
+        _write_weights(folder / FILE, weights, _rows(source, tensors, quantized_here))
         write_small_files(folder)
 
 
@@ -126,17 +124,18 @@ def _write_weights(path: Path, weights: "Weights", rows: Iterator[tuple[str, Ten
             progress.update(len(content))
 
 
-def _rows(source: ModelFolder, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def _rows(
+    source: ModelFolder, tensors: dict[str, Tensor], quantized_here: GLMQuantizationConfig | None
+) -> Iterator[tuple[str, Tensor]]:
     """Yield what is to be stored in blocks of rows: (name of a tensor of the model, its next rows)."""
     finite = FiniteWeights(strict=True)
-    stored, loaded = source.tensors, loaded_dtype(source)
-    is_quantized_here = tensors.keys() != stored.keys()
-    units = made_together(tensors) if is_quantized_here else {name: {name: tensors[name]} for name in tensors}
-    for name, unit in units.items():
-        blocks = finite.watch(name, source.read(name))
-        if len(unit) > 1:  # weights are quantized in the dtype that the model is loaded in
-            blocks = (block.to(loaded) for block in blocks)
-        yield from converted(name, blocks, stored[name].dtype, unit)
+    if quantized_here is not None:
+        units = made_together(model_tensors(source.config, loaded_dtype(source), quantized_here))
+        rows = quantized_rows(source, units, finite)
+    else:
+        rows = ((name, block) for name in tensors for block in finite.watch(name, source.read(name)))
+    for name, block in rows:
+        yield from converted(name, iter([block]), block.dtype, {name: tensors[name]})
 
 
 def require(package: str) -> ModuleType:

@@ -22,6 +22,13 @@ def hang(arguments=None):
 cli.main = hang
 sys.exit(cli.run())
 """
+LOSES_IT = """
+    import time
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt:
+        raise TypeError("as torch does while it is imported")
+"""
 
 
 def heed_ctrl_c() -> None:
@@ -45,7 +52,9 @@ def test_a_command_ends_with_a_sentence_from_its_start(number, seconds):
 
 
 @pytest.mark.parametrize("number", SENTENCES, ids=lambda number: number.name)
-@pytest.mark.parametrize("hang", ["ctypes.CDLL(None).sleep(60)", "import time; time.sleep(60)", "sys.stdin.read()"])
+@pytest.mark.parametrize(
+    "hang", ["ctypes.CDLL(None).sleep(60)", "import time; time.sleep(60)", "sys.stdin.read()", LOSES_IT]
+)
 def test_a_hanging_library_does_not_keep_it(number, hang):
     process = subprocess.Popen(
         [sys.executable, "-c", HANGS.format(hang=hang)],

@@ -71,7 +71,7 @@ GROUPS = [
 
 @pytest.mark.parametrize(
     ("inner", "settings"),
-    [(208, settings) for settings in WHOLE_ROWS + GROUPS] + [(170, settings) for settings in WHOLE_ROWS],
+    [(192, settings) for settings in WHOLE_ROWS + GROUPS] + [(170, settings) for settings in WHOLE_ROWS],
     ids=str,
 )  # 170 columns fill no block
 def test_quantized_models_keep_their_codes(tmp_path, inner, settings):
@@ -94,7 +94,8 @@ def test_an_export_quantizes_as_from_pretrained_does(tmp_path, quantization, bit
     (src / "config.json").write_text(json.dumps({**config, "dtype": loaded}))
     export_onnx(src, tmp_path / "graph", quantization=quantization)
     settings = GLMQuantizationConfig(bits=bits)
-    model = GLMForBlankInfilling.from_pretrained(src, dtype="auto", quantization_config=settings).eval().float()
+    model = GLMForBlankInfilling.from_pretrained(src, dtype="auto", quantization_config=settings).eval()
+    torch.nn.Module.float(model)  # transformers' own refuses quantized models
     expected = logits_of(model)
     actual = logits_of(ORTGLMForBlankInfilling.from_pretrained(tmp_path / "graph"))
     assert (actual - expected).abs().max() < 1e-4 * expected.abs().max()
