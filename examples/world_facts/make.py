@@ -2,10 +2,9 @@
 Make the demonstration model from nothing: `python examples/world_facts/make.py`, in the root of the repository.
 
 Needs Babel, datasets, tensorboard and matplotlib (`pip install -e '.[dev]'`), and a C++ compiler. All steps write to
-`examples/world_facts/build`. A run that was interrupted is resumed. Another run gives the same model but for rounding,
-since in compiled layers the gradients of embeddings add up in the order in which threads come. At the end,
-`examples/world_facts/model` holds the model in fp16 with its tokenizer, and `examples/world_facts` the log, its
-picture and the results.
+`examples/world_facts/build`. A run that was interrupted is resumed. Another run on such a processor, interrupted or
+not, gives the same model bit for bit. At the end, `examples/world_facts/model` holds the model in fp16 with its
+tokenizer, and `examples/world_facts` the log, its picture and the results.
 """
 
 import json
