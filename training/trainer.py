@@ -29,7 +29,7 @@ from glm_hf.training.arguments import (
 from glm_hf.training.checkpoints import STATE_FILE
 from glm_hf.training.data.collator import DataCollatorForBlankInfilling
 from glm_hf.training.data.dataset import BlankInfillingDataset
-from glm_hf.training.data.sampler import ShuffledEpochs, StepSampler, loader_options
+from glm_hf.training.data.sampler import ROW_ORDER, ShuffledEpochs, StepSampler, loader_options
 from glm_hf.training.deepspeed_zero import DeferredStep
 from glm_hf.training.divergence import DivergenceError, DivergenceWatch, record_event, stop_message
 from glm_hf.training.gradient_shrink import shrink_embedding_gradient
@@ -288,6 +288,7 @@ class GLMTrainer(MeasuredTrainer):
         """Return what a resumed run needs besides the state of `Trainer`."""
         return {
             "samples": int(self.samples_before[self.state.global_step]),
+            "row_order": ROW_ORDER,
             "alpha_factor": self.alpha_factor,
             "watch": self.watch.state(),
         }
@@ -306,6 +307,11 @@ class GLMTrainer(MeasuredTrainer):
         if resume_from_checkpoint is not None and file.is_file():
             state = read_json(file)
             step = self.state.global_step
+            if state.get("row_order") != ROW_ORDER and not self.args.ignore_data_skip:
+                raise ValueError(
+                    f"{resume_from_checkpoint} is of a version that took samples in another order; set "
+                    "ignore_data_skip to begin with the first sample of the order of this one"
+                )
             here = int(self.samples_before[min(step, max_steps)])
             if state["samples"] != here and not self.args.ignore_data_skip:
                 raise ValueError(

@@ -234,6 +234,18 @@ def test_other_batch_sizes_are_taken_where_no_data_is_skipped(model_folder, tmp_
     assert len(losses(trainer)) == 6
 
 
+def test_another_order_of_samples_is_not_gone_on_with(model_folder, tmp_path, monkeypatch):
+    with monkeypatch.context() as patches:
+        patches.setattr("glm_hf.training.trainer.ROW_ORDER", 1)
+        make_trainer(model_folder, tmp_path, **{**SETTINGS, "max_steps": 3, "save_steps": 3}).train()
+    checkpoint = str(tmp_path / "checkpoint-3")
+    with pytest.raises(ValueError, match="checkpoint-3 is of a version that took samples in another order; set ignor"):
+        make_trainer(model_folder, tmp_path, **SETTINGS).train(resume_from_checkpoint=checkpoint)
+    trainer = make_trainer(model_folder, tmp_path, ignore_data_skip=True, **SETTINGS)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    assert len(losses(trainer)) == 6
+
+
 def test_an_alpha_lowered_from_the_models_own_goes_on(model_folder, tmp_path):
     settings = {**SETTINGS, "divergence_action": "lower_alpha", "save_steps": 6}
     first = make_trainer(model_folder, tmp_path, **settings)

@@ -108,10 +108,19 @@ def test_skipped_data_is_not_trained_on(model_folder, tmp_path):
 
 def test_processes_share_every_batch():
     sizes = np.array([4, 8])
-    parts = [list(StepSampler(sizes, [], rank, 2)) for rank in (0, 1)]
+    parts = [list(map(list, StepSampler(sizes, [], rank, 2))) for rank in (0, 1)]
     assert parts == [[[0, 1], [4, 5, 6, 7]], [[2, 3], [8, 9, 10, 11]]]
     with pytest.raises(ValueError, match="3 processes cannot share a batch of 4"):
         StepSampler(sizes, [], 0, 3)
+
+
+def test_steps_leave_out_what_is_skipped():
+    sizes = np.array([4, 8, 8, 4, 8])
+    skipped = [(2, 3), (5, 11), (14, 16), (30, 31)]
+    kept = [number for number in range(64) if not any(first <= number < end for first, end in skipped)]
+    parts = [list(map(list, StepSampler(sizes, skipped, rank, 2))) for rank in (0, 1)]
+    steps = [[*first, *second] for first, second in zip(*parts, strict=True)]
+    assert steps == [kept[end - size : end] for size, end in zip(sizes, sizes.cumsum(), strict=True)]
 
 
 def test_every_item_comes_once_an_epoch():

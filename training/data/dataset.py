@@ -1,6 +1,8 @@
 """Corpora mixed by weights into one endless sequence of rows.
 
-Row `n` of the sequence depends on nothing but the seed and `n`, so any process can begin anywhere.
+Row `n` of the sequence depends on nothing but the seed and `n`, so any process can begin anywhere. It is computed, not
+looked up: the shares of kinds and corpora say how many rows of its corpus come before it, and a permutation which of
+them it is.
 """
 
 import os
@@ -11,14 +13,16 @@ from dataclasses import replace
 import numpy as np
 from torch.utils.data import Dataset
 
-from glm_hf.training.data.blanks import ragged_range
-from glm_hf.training.data.packing import EpochPlan, Row, plan_apart, plan_instructions, plan_joined
-from glm_hf.training.data.random_numbers import GOLDEN
+from glm_hf.training.data.packing import JoinedRows, Pieces, Row, SeparateRows
+from glm_hf.training.data.proportions import Proportions
+from glm_hf.training.data.random_numbers import GOLDEN, Permutation, key_of
 from glm_hf.training.data.recipe import InfillingRecipe
 from glm_hf.training.data.token_file import TokenFile
 
-BLOCK = 1 << 16
 DEFAULT_INSTRUCTION_SHARE = 0.05
+GROUP = 64  # rows that have one share of instructions, that of the middle
+GROUPS_PER_BLOCK = 1024
+BLOCKS_AT_ONCE = 256
 
 
 class CorpusRows:
@@ -29,14 +33,18 @@ class CorpusRows:
         corpus: Tokenized corpus.
         recipe: Recipe by which rows are made.
         join_documents: Whether documents are joined to full rows; instructions never are.
-        seed: Seed of objectives and orders.
+        key: Key of objectives and orders.
     """
 
-    def __init__(self, corpus: TokenFile, recipe: InfillingRecipe, join_documents: bool, seed: Sequence[int]) -> None:
-        self.corpus, self.recipe, self.join_documents, self.seed = corpus, recipe, join_documents, tuple(seed)
-        self.epoch_starts = [0]
-        self.plans: dict[int, EpochPlan] = {}
-        self.rows_per_epoch = len(self.plan(0))
+    def __init__(self, corpus: TokenFile, recipe: InfillingRecipe, join_documents: bool, key: int) -> None:
+        self.corpus, self.key = corpus, key
+        self.layout: JoinedRows | SeparateRows
+        if join_documents and not self.is_instructions:
+            self.layout = JoinedRows(corpus.facts["num_tokens"], recipe, key_of(key, 0))
+        else:
+            self.layout = SeparateRows(corpus, recipe, key_of(key, 0))
+        self.rows_per_epoch = self.layout.num_rows(0)
+        self.order: tuple[int, Permutation] | None = None
 
     @property
     def is_instructions(self) -> bool:
@@ -48,39 +56,35 @@ class CorpusRows:
         """Mean number of the corpus's tokens in a row."""
         return self.corpus.facts["num_tokens"] / self.rows_per_epoch
 
-    def plan(self, epoch: int) -> EpochPlan:
-        """Return the plan of an epoch; the last two are kept."""
-        if epoch not in self.plans:
-            rng = np.random.default_rng((*self.seed, epoch))
-            if self.is_instructions:
-                plan = plan_instructions(self.corpus.boundaries, self.recipe, rng)
-            elif self.join_documents:
-                plan = plan_joined(self.corpus.facts["num_tokens"], self.recipe, rng)
-            else:
-                plan = plan_apart(self.corpus.boundaries, self.recipe, rng)
-            self.plans = dict([*self.plans.items()][-1:]) | {epoch: plan}
-        return self.plans[epoch]
-
     def row(self, number: int, sample_id: int) -> Row:
         """Return row `number`, counted through all epochs."""
-        plan, row = self._find(number)
-        return plan.row(row, self.corpus.tokens, sample_id)
+        return self._pieces(number).read(self.corpus.tokens, sample_id)
 
     def origin(self, number: int) -> dict[str, object]:
         """Tell the corpus of row `number` and the numbers of its documents, counted from 0."""
-        plan, row = self._find(number)
-        start, total = plan.extents(row)
-        first, last = np.searchsorted(self.corpus.boundaries, (start, start + total - 1), side="right") - 1
-        parts = np.unique(ragged_range(first, last - first + 1))
-        documents = np.unique(parts // 2) if self.is_instructions else parts
+        tokens = self._pieces(number).indices(self.corpus.facts["num_tokens"])
+        parts = np.searchsorted(self.corpus.boundaries, tokens, side="right") - 1
+        documents = np.unique(parts // 2 if self.is_instructions else parts)
         return {"corpus": self.corpus.facts["source"], "documents": documents.tolist()}
 
-    def _find(self, number: int) -> tuple[EpochPlan, int]:
-        """Return the plan of the epoch that row `number` belongs to, and its number there."""
-        while self.epoch_starts[-1] <= number:
-            self.epoch_starts.append(self.epoch_starts[-1] + len(self.plan(len(self.epoch_starts) - 1)))
-        epoch = int(np.searchsorted(self.epoch_starts, number, side="right")) - 1
-        return self.plan(epoch), number - self.epoch_starts[epoch]
+    def _pieces(self, number: int) -> Pieces:
+        epoch, place = self._find(number)
+        if self.order is None or self.order[0] != epoch:
+            num_rows = self.layout.num_rows(epoch % self.layout.num_partitions)
+            self.order = epoch, Permutation(num_rows, key_of(self.key, 1, epoch))
+        return self.layout.pieces(epoch, self.order[1](place))
+
+    def _find(self, number: int) -> tuple[int, int]:
+        """Return the epoch that row `number` belongs to, and its place there."""
+        before = 0
+        for partition in range(self.layout.num_partitions):
+            num_rows = self.layout.num_rows(partition)
+            if number < before + num_rows:
+                return partition, number - before
+            before += num_rows
+        turns, rest = divmod(number, before)
+        epoch, place = self._find(rest)
+        return turns * self.layout.num_partitions + epoch, place
 
 
 class BlankInfillingDataset(Dataset):
@@ -118,7 +122,7 @@ class BlankInfillingDataset(Dataset):
             raise ValueError("give at least one corpus")
         joined = [True] * len(corpora) if join_documents is None else join_documents
         self.rows = [
-            CorpusRows(corpus, recipe, join, (seed, number))
+            CorpusRows(corpus, recipe, join, key_of(seed, number))
             for number, (corpus, join) in enumerate(zip(corpora, joined, strict=True))
         ]
         tokens = [corpus.facts["num_tokens"] for corpus in corpora]
@@ -126,9 +130,18 @@ class BlankInfillingDataset(Dataset):
         if self.weights.shape != (len(corpora),) or not (self.weights > 0).all():
             raise ValueError(f"weights must be {len(corpora)} numbers above 0, got {weights}")
         self.instruction_share = instruction_share
-        self.offset = np.random.default_rng((seed, len(corpora))).integers(1 << 63, dtype=np.uint64)
-        self.rows_before = np.zeros((1, len(corpora)), dtype=np.int64)  # of each corpus, at the start of every block
-        self.block = -1, np.empty(0, np.int64), np.empty(0, np.int64)
+        self.is_instructions = np.array([rows.is_instructions for rows in self.rows])
+        self.kinds = [np.flatnonzero(self.is_instructions == kind) for kind in (False, True)]
+        shares = [self.weights[kind] / self.weights[kind].sum() for kind in self.kinds]
+        tokens_per_row = np.array([rows.tokens_per_row for rows in self.rows])
+        self.rows_per_token = [share / tokens_per_row[kind] for share, kind in zip(shares, self.kinds, strict=True)]
+        self.proportions = [
+            Proportions(rows.tolist(), key_of(seed, len(corpora), kind))
+            for kind, rows in enumerate(self.rows_per_token)
+        ]
+        self.offset = np.uint64(key_of(seed, len(corpora)))
+        self.rows_before = np.zeros(1, dtype=np.int64)  # of instructions, at the start of every block
+        self.block: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
 
     @property
     def corpus_names(self) -> tuple[str, ...]:
@@ -136,44 +149,59 @@ class BlankInfillingDataset(Dataset):
         return names_of([str(rows.corpus.facts["source"]) for rows in self.rows])
 
     def row_shares(self, numbers: np.ndarray) -> np.ndarray:
-        """Return `(rows, corpora)` the probability of each corpus, which turns shares of tokens into those of rows."""
-        is_instructions = np.array([rows.is_instructions for rows in self.rows])
-        weights = np.empty((len(numbers), len(self.rows)))
+        """Return `(rows, corpora)` the share of each corpus among rows, which follows from those of tokens."""
+        of_kind = self._instruction_rows(numbers)
+        shares = np.empty((len(numbers), len(self.rows)))
+        for kind, of_rows in enumerate((1 - of_kind, of_kind)):
+            shares[:, self.kinds[kind]] = (
+                of_rows[:, None] * self.rows_per_token[kind] / self.rows_per_token[kind].sum()
+            )
+        return shares
+
+    def _instruction_rows(self, numbers: np.ndarray) -> np.ndarray:
+        """Return `(rows,)` the share of instructions among rows."""
         given = self.instruction_share
         share = given(numbers) if callable(given) else np.full(len(numbers), float(given))
         if not 0 <= share.min() <= share.max() <= 1:
             raise ValueError(f"instruction_share must lie in [0, 1], got {share.min()} to {share.max()}")
-        for kind, kind_share in ((False, 1 - share), (True, share)):
-            chosen = is_instructions == kind
-            if chosen.any():
-                of_kind = kind_share if (~chosen).any() else np.ones_like(share)
-                weights[:, chosen] = of_kind[:, None] * self.weights[chosen] / self.weights[chosen].sum()
-        weights /= [rows.tokens_per_row for rows in self.rows]
-        return weights / weights.sum(1, keepdims=True)
+        if not all(map(len, self.kinds)):
+            share = np.full(len(numbers), float(len(self.kinds[True]) > 0))
+        of_texts, of_instructions = (
+            part * rows.sum() for part, rows in zip((1 - share, share), self.rows_per_token, strict=True)
+        )
+        return of_instructions / (of_texts + of_instructions)
 
-    def choose(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return `(BLOCK,)` the corpus of every row of a block, and how many rows of it came before."""
-        if self.block[0] == block:
-            return self.block[1:]
-        while len(self.rows_before) <= block:
-            corpora = self._draw(len(self.rows_before) - 1)
-            counts = np.bincount(corpora, minlength=len(self.rows))
-            self.rows_before = np.vstack((self.rows_before, self.rows_before[-1] + counts))
-        corpora = self._draw(block)
-        numbers = np.empty(BLOCK, dtype=np.int64)
-        for corpus in range(len(self.rows)):
-            is_chosen = corpora == corpus
-            numbers[is_chosen] = self.rows_before[block, corpus] + np.arange(int(is_chosen.sum()))
-        self.block = block, corpora, numbers
-        return corpora, numbers
+    def find(self, number: int) -> tuple[int, int]:
+        """Return the corpus of row `number`, and how many rows of it come before."""
+        before = self._instructions_before(number)
+        is_instruction = self._instructions_before(number + 1) > before
+        part, in_corpus = self.proportions[is_instruction].find(before if is_instruction else number - before)
+        return int(self.kinds[is_instruction][part]), in_corpus
 
-    def _draw(self, block: int) -> np.ndarray:
-        """Return `(BLOCK,)` the corpus of every row, spread as evenly over the rows as the shares allow."""
-        numbers = np.arange(block * BLOCK, (block + 1) * BLOCK)
+    def _instructions_before(self, number: int) -> int:
+        """Return how many of the rows before are instructions, spread as evenly as the shares allow."""
+        if not all(map(len, self.kinds)):
+            return number if len(self.kinds[True]) else 0
+        group, place = divmod(number, GROUP)
+        block, group = divmod(group, GROUPS_PER_BLOCK)
+        if self.block[0] != block:
+            while len(self.rows_before) <= block:
+                first = (len(self.rows_before) - 1) * GROUPS_PER_BLOCK
+                end = min(block, len(self.rows_before) - 1 + BLOCKS_AT_ONCE) * GROUPS_PER_BLOCK
+                counts = self._instructions_in(np.arange(first, end))
+                of_blocks = counts.reshape(-1, GROUPS_PER_BLOCK).sum(1).cumsum()
+                self.rows_before = np.append(self.rows_before, self.rows_before[-1] + of_blocks)
+            counts = self._instructions_in(np.arange(block * GROUPS_PER_BLOCK, (block + 1) * GROUPS_PER_BLOCK))
+            self.block = block, self.rows_before[block] + np.append(0, counts.cumsum())
+        before, after = self.block[1][group : group + 2].tolist()
+        return before + place * (after - before) // GROUP
+
+    def _instructions_in(self, groups: np.ndarray) -> np.ndarray:
+        """Return how many rows of each group are instructions; fractions add up to whole rows over the groups."""
+        share = self._instruction_rows(groups * GROUP + GROUP // 2)
         # Multiples of the golden ratio fill the range most evenly.
-        even = (numbers.astype(np.uint64) * GOLDEN + self.offset) / 2.0**64  # (BLOCK,) in [0, 1)
-        edges = self.row_shares(numbers).cumsum(1)[:, :-1]
-        return (even[:, None] >= edges).sum(1)
+        even = ((groups.astype(np.uint64) * GOLDEN + self.offset) >> np.uint64(11)) * 2.0**-53  # in [0, 1)
+        return (GROUP * share + even).astype(np.int64)
 
     def __len__(self) -> int:
         """Return about how many rows it takes to see every corpus under the shares of the first row."""
@@ -184,14 +212,13 @@ class BlankInfillingDataset(Dataset):
 
     def __getitem__(self, number: int) -> Row:
         """Return row `number`, at least 0."""
-        corpora, numbers = self.choose(number // BLOCK)
-        corpus = int(corpora[number % BLOCK])
-        return replace(self.rows[corpus].row(int(numbers[number % BLOCK]), number), corpus=corpus)
+        corpus, in_corpus = self.find(number)
+        return replace(self.rows[corpus].row(in_corpus, number), corpus=corpus)
 
     def origin(self, number: int) -> dict[str, object]:
         """Tell where row `number` comes from: its corpus, and the numbers of its documents there."""
-        corpora, numbers = self.choose(number // BLOCK)
-        return self.rows[corpora[number % BLOCK]].origin(int(numbers[number % BLOCK]))
+        corpus, in_corpus = self.find(number)
+        return self.rows[corpus].origin(in_corpus)
 
 
 def names_of(paths: Sequence[str]) -> tuple[str, ...]:

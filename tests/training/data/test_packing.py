@@ -1,21 +1,23 @@
 """Corpora of numbers that occur once show in which row every token ends up."""
 
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from glm_hf import GLMConfig
 from glm_hf.training import DataCollatorForBlankInfilling, InfillingRecipe
+from glm_hf.training.data import packing
 from glm_hf.training.data.packing import (
-    EpochPlan,
+    JoinedRows,
     Row,
+    SeparateRows,
     next_fit,
-    plan_apart,
-    plan_instructions,
-    plan_joined,
     split_documents,
 )
+from glm_hf.training.data.token_file import TokenFile
 
 SPECIAL = {f"{name}_token_id": number for number, name in enumerate("pad eos mask gmask smask eod sop eop".split())}
 CONFIG = GLMConfig(**SPECIAL)
@@ -53,18 +55,27 @@ def documents(lengths: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return np.array(tokens), np.cumsum([0, *(length + 1 for length in lengths)]), document_of
 
 
-def rows_of(plan: EpochPlan, tokens: np.ndarray) -> list[Row]:
-    return [plan.row(number, tokens, sample_id=number) for number in range(len(plan))]
+def rows_of(layout: JoinedRows | SeparateRows, tokens: np.ndarray, epoch: int = 0) -> list[Row]:
+    """Rows of an epoch in the order of the corpus."""
+    num_rows = layout.num_rows(epoch % layout.num_partitions)
+    return [layout.pieces(epoch, number).read(tokens, sample_id=number) for number in range(num_rows)]
 
 
-def joined_rows(num_tokens: int, recipe: InfillingRecipe, seed: int = 0) -> list[Row]:
-    tokens = np.arange(FIRST, FIRST + num_tokens)
-    return rows_of(plan_joined(num_tokens, recipe, np.random.default_rng(seed)), tokens)
+def joined_rows(num_tokens: int, recipe: InfillingRecipe, epoch: int = 0, seed: int = 0) -> list[Row]:
+    return rows_of(JoinedRows(num_tokens, recipe, seed), np.arange(FIRST, FIRST + num_tokens), epoch)
 
 
-def apart_rows(lengths: list[int], recipe: InfillingRecipe, seed: int = 0) -> list[Row]:
+def separate(tokens: np.ndarray, boundaries: np.ndarray, recipe: InfillingRecipe, kind: str = "text") -> SeparateRows:
+    return SeparateRows(TokenFile(Path("corpus"), tokens, boundaries, {"kind": kind}), recipe, key=0)
+
+
+def apart_rows(lengths: list[int], recipe: InfillingRecipe, epoch: int = 0) -> list[Row]:
     tokens, boundaries, _ = documents(lengths)
-    return rows_of(plan_apart(boundaries, recipe, np.random.default_rng(seed)), tokens)
+    return rows_of(separate(tokens, boundaries, recipe), tokens, epoch)
+
+
+def instruction_rows(tokens: np.ndarray, boundaries: np.ndarray, recipe: InfillingRecipe, epoch: int = 0) -> list[Row]:
+    return rows_of(separate(tokens, boundaries, recipe, "instructions"), tokens, epoch)
 
 
 def texts_of(row: Row) -> list[np.ndarray]:
@@ -144,7 +155,7 @@ def instructions(number: int, row_length: int) -> tuple[np.ndarray, np.ndarray]:
 
 def test_rows_of_instructions_hold_every_token_once_and_keep_pairs_together():
     tokens, boundaries = instructions(100, 16)
-    rows = rows_of(plan_instructions(boundaries, InfillingRecipe(16, 16), np.random.default_rng(0)), tokens)
+    rows = instruction_rows(tokens, boundaries, InfillingRecipe(16, 16))
     assert read_once(rows) == tokens.tolist()
     pairs = sorted((context.tolist(), target.tolist()) for row in rows for context, target in in_pairs(row))
     parts = [part.tolist() for part in np.split(tokens, boundaries[1:-1])]
@@ -159,19 +170,18 @@ def in_pairs(row: Row) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def test_an_instruction_that_was_tokenized_for_longer_rows_is_an_error():
-    boundaries = np.array([0, 9, 10, 20, 26])
-    rng = np.random.default_rng(0)
-    assert len(plan_instructions(boundaries, InfillingRecipe(17, 16), rng)) == 2
+    tokens, boundaries = np.arange(26), np.array([0, 9, 10, 20, 26])
+    assert len(instruction_rows(tokens, boundaries, InfillingRecipe(17, 16))) == 2
     with pytest.raises(ValueError, match="an instruction takes 17 tokens, but row_length is 16; tokenize"):
-        plan_instructions(boundaries, InfillingRecipe(16, 16), rng)
+        instruction_rows(tokens, boundaries, InfillingRecipe(16, 16))
     with pytest.raises(ValueError, match="an instruction takes 17 tokens, but instruction_length is 16; tokenize"):
-        plan_instructions(boundaries, InfillingRecipe(64, 16, instruction_length=16), rng)
+        instruction_rows(tokens, boundaries, InfillingRecipe(64, 16, instruction_length=16))
 
 
 def test_short_instructions_share_a_row_as_if_their_length_were_not_limited():
     tokens, boundaries = instructions(100, 16)
     rows = [
-        rows_of(plan_instructions(boundaries, recipe, np.random.default_rng(0)), tokens)
+        instruction_rows(tokens, boundaries, recipe)
         for recipe in (InfillingRecipe(64, 16), InfillingRecipe(64, 16, instruction_length=16))
     ]
     assert [row.tokens.tolist() for row in rows[0]] == [row.tokens.tolist() for row in rows[1]]
@@ -180,7 +190,7 @@ def test_short_instructions_share_a_row_as_if_their_length_were_not_limited():
 
 def test_rows_of_instructions_are_packed_as_full_as_their_order_allows():
     tokens, boundaries = instructions(100, 64)
-    rows = rows_of(plan_instructions(boundaries, InfillingRecipe(64, 64), np.random.default_rng(0)), tokens)
+    rows = instruction_rows(tokens, boundaries, InfillingRecipe(64, 64))
     sizes = [(row.lengths.sum(1) + 1).tolist() for row in rows]  # each with its `sop`
     assert max(map(sum, sizes)) == 64
     assert len(rows) < 100
@@ -224,10 +234,10 @@ def test_sentences_of_any_length_fit_their_window(sentence_length):
 
 def test_joined_rows_are_pieces_of_the_stream_and_full_but_for_the_last():
     recipe = InfillingRecipe(mask_probability=0.3, smask_probability=0.3)
-    rows = sorted(joined_rows(60_000, recipe), key=lambda row: row.tokens[0])
+    rows = joined_rows(60_000, recipe)
     collator = DataCollatorForBlankInfilling(CONFIG, recipe, sentence_end_ids=[FIRST])
-    for row in rows:
-        assert (np.diff(row.tokens) == 1).all()
+    stream = np.concatenate([row.tokens for row in rows]) - FIRST
+    assert (np.diff(stream) % 60_000 == 1).all()  # around the circle once
     for row in rows[:-1]:
         if row.objective == "gmask":
             assert row.lengths.tolist() == [2046]  # with the mask and `sop`
@@ -240,18 +250,33 @@ def test_joined_rows_are_pieces_of_the_stream_and_full_but_for_the_last():
             assert len(row.lengths) == 4
 
 
-@pytest.mark.parametrize(("joined", "number"), [(True, 4000 * 2046), (False, 20_000)])
-def test_objectives_come_by_the_shares_of_the_recipe(joined, number):
+def test_objectives_of_joined_rows_come_by_the_shares_of_the_recipe_at_any_place():
+    layout = JoinedRows(10**12, InfillingRecipe(mask_probability=0.3, smask_probability=0.2), key=0)
+    for first in (0, 1000, layout.num_rows(0) - 1000):
+        objectives = [layout.pieces(0, number).objective for number in range(first, first + 1000)]
+        assert abs(np.bincount(objectives) - [300, 200, 500]).max() <= 3
+
+
+def test_objectives_of_documents_come_by_the_shares_of_the_recipe():
     recipe = InfillingRecipe(mask_probability=0.3, smask_probability=0.2)
-    rng = np.random.default_rng(0)
-    if joined:
-        counted = np.bincount(plan_joined(number, recipe, rng).objectives)
-    else:  # shares of documents there, counted as the pieces that documents of one token are
-        plan = plan_apart(2 * np.arange(number + 1), recipe, rng)
-        counted = np.bincount(plan.objectives, np.diff(plan.first))
-    total = counted.sum()
-    for count, share in zip(counted, (0.3, 0.2, 0.5), strict=True):
-        assert abs(count - share * total) < 4 * (share * (1 - share) * total) ** 0.5  # four standard deviations
+    counted = Counter()
+    for row in apart_rows([1] * 20_000, recipe):
+        counted[row.objective] += len(row.lengths)
+    for objective, share in (("mask", 0.3), ("smask", 0.2), ("gmask", 0.5)):
+        deviation = (share * (1 - share) * 20_000) ** 0.5
+        assert abs(counted[objective] - share * 20_000) < 4 * deviation
+
+
+@pytest.mark.parametrize("is_joined", [True, False])
+def test_a_text_has_other_objectives_in_other_epochs(is_joined):
+    recipe = InfillingRecipe(64, 32, mask_probability=0.3)
+    found = Counter()
+    for epoch in range(200 if is_joined else SeparateRows.num_partitions):
+        rows = joined_rows(5000, recipe, epoch) if is_joined else apart_rows([20] * 250, recipe, epoch)
+        [objective] = [row.objective for row in rows if FIRST + 1000 in row.tokens]
+        found[objective] += 1
+    assert {*found} == {"mask", "gmask"}
+    assert not is_joined or abs(found["mask"] / 200 - 0.26) < 0.12  # its share of the tokens, which rows hold fewer of
 
 
 def test_all_rows_have_the_only_objective_of_a_recipe():
@@ -302,32 +327,33 @@ def test_infilled_documents_see_nothing_of_their_neighbours():
                 assert len({*document_of[numbers - FIRST].tolist()}) <= 1
 
 
-def test_rows_come_in_an_order_of_chance():
-    recipe = InfillingRecipe(64, 32)
-    plans = {
-        "joined": lambda seed: joined_rows(20_000, recipe, seed),
-        "apart": lambda seed: apart_rows([30] * 600, recipe, seed),
-    }
-    for rows in plans.values():
-        first = np.array([row.tokens[0] for row in rows(0)])
-        rank = np.argsort(np.argsort(first))
-        assert abs(np.corrcoef(rank, np.arange(len(rank)))[0, 1]) < 0.25  # four deviations of 300 rows
-        assert first.tolist() != [row.tokens[0] for row in rows(1)]
-        assert first.tolist() == [row.tokens[0] for row in rows(0)]
-
-
 def test_documents_that_stand_together_in_a_row_are_no_neighbours_in_the_corpus():
     recipe = InfillingRecipe(64, 32)
     neighbours = [(np.diff(row.tokens[::5]) == 5) for row in apart_rows([5] * 1000, recipe)]
     assert np.concatenate(neighbours).mean() < 0.02
 
 
-def test_an_epoch_with_the_same_generator_is_the_same():
-    tokens, boundaries = instructions(50, 32)
+@pytest.mark.parametrize("kind", ["text", "instructions"])
+def test_blocks_have_the_same_rows_whatever_is_packed_with_them(kind, monkeypatch):
+    recipe = InfillingRecipe(32, 32)
+    tokens, boundaries = instructions(3000, 32)
+    layout = separate(tokens, boundaries, recipe, kind)
+    assert len(layout.first_documents) > 10
+    rows = rows_of(layout, tokens)
+    assert read_once(rows) == sorted(
+        {*tokens.tolist()} - ({*(tokens[boundaries[1:] - 1]).tolist()} if kind == "text" else set())
+    )
+    monkeypatch.setattr(packing, "DOCUMENTS_AT_ONCE", 100)
+    monkeypatch.setattr(packing, "BLOCKS_KEPT", 1)
+    others = separate(tokens, boundaries, recipe, kind)
+    for number in np.random.default_rng(0).permutation(len(rows)).tolist():
+        assert others.pieces(0, number).read(tokens, number).tokens.tolist() == rows[number].tokens.tolist()
+
+
+def test_epochs_pack_documents_in_other_ways_and_in_turns():
+    lengths = np.random.default_rng(0).integers(1, 40, 500).tolist()
     rows = [
-        rows_of(plan_instructions(boundaries, InfillingRecipe(32, 32), np.random.default_rng(seed)), tokens)
-        for seed in (0, 0, 1)
+        [row.tokens.tolist() for row in apart_rows(lengths, InfillingRecipe(64, 32), epoch)] for epoch in (0, 1, 8)
     ]
-    a, b, c = ([row.tokens.tolist() for row in part] for part in rows)
-    assert a == b
-    assert a != c
+    assert rows[0] != rows[1]
+    assert rows[0] == rows[2]
