@@ -31,8 +31,8 @@ SMALL_VOCABULARY = 1 << 16
 DTYPES = ("<u2", "<i4")
 BLOCK_BYTES = 16 * 2**20
 MOST_BLOCK_BYTES = 2**28
-BLOCKS_AT_OPENING = 64
-"""So many blocks of each file, spread evenly, are checked when a corpus is opened: all of them up to 1 GiB."""
+BLOCKS_AT_OPENING, BLOCKS_OF_LARGE = 64, 8
+"""Blocks of a file that are checked when a corpus is opened: all up to 1 GiB, of a larger file some spread evenly."""
 KINDS = ("text", "instructions")
 
 logger = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ def open_token_file(folder: Path) -> TokenFile:
         ValueError: If the corpus is damaged, or was written by a version that this one does not know.
     """
     corpus = _map_files(folder)
-    if problem := next(_problems(corpus, BLOCKS_AT_OPENING), None):
+    if problem := next(_problems(corpus, _at_opening), None):
         raise ValueError(f"{problem}; tokenize it again")
     if corpus.facts["format"] == WITHOUT_CHECKSUMS:
         logger.warning("%s was tokenized without checksums, so damage in it cannot be noticed", folder)
@@ -114,7 +114,7 @@ def open_token_file(folder: Path) -> TokenFile:
 
 def find_damage(corpus: TokenFile) -> list[str]:
     """Return what is wrong with a corpus, whose files are read as a whole, a line for each block."""
-    return list(_problems(corpus, None))
+    return list(_problems(corpus, range))
 
 
 def require_ids(corpus: TokenFile, vocab_size: int, forbidden: Iterable[int]) -> None:
@@ -132,15 +132,10 @@ def require_ids(corpus: TokenFile, vocab_size: int, forbidden: Iterable[int]) ->
     has_masks = corpus.facts["kind"] == "instructions"
     unwanted = np.array([] if has_masks else sorted(forbidden), corpus.tokens.dtype)
     step = BLOCK_BYTES // corpus.tokens.itemsize
-    for block in _chosen(-(-len(corpus.tokens) // step), BLOCKS_AT_OPENING):
+    for block in _at_opening(-(-len(corpus.tokens) // step)):
         ids = corpus.tokens[block * step : (block + 1) * step]
-        if ids.max() >= vocab_size or ids.min() < 0:
-            wrong = (ids >= vocab_size) | (ids < 0)
-        else:
-            is_forbidden = np.zeros(vocab_size, bool)
-            is_forbidden[unwanted] = True
-            wrong = is_forbidden[ids]
-        if wrong.any():
+        if ids.max() >= vocab_size or ids.min() < 0 or any((ids == one).any() for one in unwanted):
+            wrong = (ids >= vocab_size) | (ids < 0) | np.isin(ids, unwanted)
             place = int(wrong.argmax())
             raise ValueError(
                 f"{corpus.folder / TOKENS_FILE}: token {block * step + place} is {ids[place]}, which has no place in "
@@ -192,33 +187,33 @@ def _map_files(folder: Path) -> TokenFile:
     return TokenFile(folder, np.memmap(folder / TOKENS_FILE, dtype=dtype, mode="r"), boundaries, facts)
 
 
-def _problems(corpus: TokenFile, most_blocks: int | None) -> Iterator[str]:
-    """Yield what is wrong in `most_blocks` blocks of each file, in all of them for None."""
+def _problems(corpus: TokenFile, choose: Callable[[int], Sequence[int]]) -> Iterator[str]:
+    """Yield what is wrong in some blocks of each file, which `choose` chooses of their number."""
     if corpus.facts["format"] == FORMAT:
         for name in (TOKENS_FILE, BOUNDARIES_FILE):
             path, expected = corpus.folder / name, corpus.facts["xxh3_64"][name]
             if len(expected) != -(-path.stat().st_size // corpus.facts["block_bytes"]):
                 yield f"{path} has another size than was written"
                 continue
-            blocks = _chosen(len(expected), most_blocks)
+            blocks = choose(len(expected))
             for block, (start, end, digest) in zip(
                 blocks, _hashed(path, corpus.facts["block_bytes"], blocks), strict=True
             ):
                 if digest != expected[block]:
                     yield f"{path} is damaged: bytes {start:,} to {end:,} are not those that were written"
     step = BLOCK_BYTES // 8
-    for block in _chosen(-(-len(corpus.boundaries) // step), most_blocks):
+    for block in choose(-(-len(corpus.boundaries) // step)):
         starts = corpus.boundaries[block * step : (block + 1) * step + 1]
         if starts[0] < 0 or (np.diff(starts) < 0).any():
             yield f"{corpus.folder / BOUNDARIES_FILE} is damaged: its numbers do not rise"
             return
 
 
-def _chosen(count: int, most: int | None) -> list[int]:
-    """Return `most` of `count` numbers spread evenly, the first and the last among them; all for None."""
-    if most is None or count <= most:
-        return list(range(count))
-    return np.linspace(0, count - 1, most).astype(int).tolist()
+def _at_opening(count: int) -> Sequence[int]:
+    """Choose all of a few blocks; of many some, the first and the last among them."""
+    return (
+        range(count) if count <= BLOCKS_AT_OPENING else np.linspace(0, count - 1, BLOCKS_OF_LARGE).astype(int).tolist()
+    )
 
 
 def _hashed(path: Path, block_bytes: int, blocks: Iterable[int] | None = None) -> Iterator[tuple[int, int, str]]:

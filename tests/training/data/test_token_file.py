@@ -244,7 +244,8 @@ def test_every_flipped_bit_is_noticed(folder, name):
 def test_a_large_corpus_is_checked_in_part_when_it_is_opened_and_as_a_whole_when_asked(folder, monkeypatch):
     monkeypatch.setattr(token_file, "BLOCK_BYTES", 64)
     written(folder, [[7] * 32] * 100, vocab_size=10)  # a block each
-    monkeypatch.setattr(token_file, "BLOCKS_AT_OPENING", 4)
+    monkeypatch.setattr(token_file, "BLOCKS_AT_OPENING", 50)
+    monkeypatch.setattr(token_file, "BLOCKS_OF_LARGE", 4)
     for block, is_seen in ((0, True), (1, False), (33, True), (50, False), (99, True)):
         flip(folder / "tokens.bin", block * 64 + 5, 3)
         if is_seen:
