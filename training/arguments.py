@@ -16,6 +16,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import SchedulerType
 
 from glm_hf.sharding.degrees import ParallelDegrees
+from glm_hf.training.deepspeed_zero import add_up_in_fp32
 
 SAMPLE_SCHEDULE = SchedulerType.COSINE_WITH_MIN_LR  # the default, which counts samples
 DIVERGENCE_ACTIONS = ("none", "skip", "lower_alpha", "stop")
@@ -255,6 +256,7 @@ def require_whole_steps(trainer: Any) -> None:
             "deepspeed must not have zenflow, which chooses when weights are updated, while accelerate tells it "
             "when; use offload_optimizer without zenflow"
         )
+    add_up_in_fp32(given)
 
 
 def require_all_processes_apart(trainer: Any) -> None:

@@ -17,6 +17,25 @@ class DeferredStep(DeepSpeedEngineWrapper):
         self.engine.backward(loss, **kwargs)
 
 
+def add_up_in_fp32(config: Any) -> None:
+    """
+    Make the gradients of a step's micro-batches, and of all processes, add up in fp32, unless it says otherwise.
+
+    Args:
+        config: DeepSpeed's configuration, as transformers holds it.
+
+    Raises:
+        ValueError: If weights have 16 bits and nothing is sharded, where DeepSpeed adds up in 16 bits.
+    """
+    has_16_bits = config.is_true("fp16.enabled") or config.is_true("bf16.enabled")
+    if has_16_bits and not config.get_value("zero_optimization.stage"):
+        raise ValueError(
+            "deepspeed without ZeRO adds up gradients in 16 bits; set zero_optimization.stage to 1 or above"
+        )
+    config.config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+    config.config.setdefault("communication_data_type", "fp32")
+
+
 def local_gradients(parameters: Iterable[nn.Parameter]) -> list[torch.Tensor | None]:
     """
     Return the part of every gradient that this process updates, with the loss scale; None if others update it all.
