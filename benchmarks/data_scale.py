@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from datetime import date
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +52,8 @@ def write_corpus(folder: Path, num_tokens: int, kind: str) -> None:
     content = (folder / BOUNDARIES_FILE).read_bytes()
     blocks = [content[first : first + BLOCK_BYTES] for first in range(0, len(content), BLOCK_BYTES)]
     full, rest = divmod(4 * num_tokens, BLOCK_BYTES)
-    zeros = [xxhash.xxh3_64_hexdigest(bytes(BLOCK_BYTES))] * full + [xxhash.xxh3_64_hexdigest(bytes(rest))] * (rest > 0)
+    zeros = [xxhash.xxh3_64_hexdigest(bytes(BLOCK_BYTES))] * full
+    zeros += [xxhash.xxh3_64_hexdigest(bytes(rest))] * (rest > 0)
     facts = {"format": 2, "kind": kind, "source": folder.name, "dtype": "<i4", "num_tokens": num_tokens}
     facts |= {"vocab_size": VOCAB_SIZE, "block_bytes": BLOCK_BYTES}
     facts["xxh3_64"] = {TOKENS_FILE: zeros, BOUNDARIES_FILE: [xxhash.xxh3_64_hexdigest(block) for block in blocks]}
@@ -84,9 +86,7 @@ def measure_plan(folder: Path, rows: int, joined: bool, batch: int) -> dict[str,
     for share in (0.1, 0.5, 0.999):
         begin = time.perf_counter()
         step = int(share * len(sizes))
-        for number, samples in enumerate(StepSampler(sizes, skipped, 3, 4)):
-            if number == step:
-                break
+        samples = next(islice(StepSampler(sizes, skipped, 3, 4), step, None))
         assert [dataset[number].sample_id for number in samples] == list(samples)
         found[f"resume at {share:.1%}"] = time.perf_counter() - begin
     return found | {"steps": len(sizes), "MB": taken() - base}
