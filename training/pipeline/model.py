@@ -72,6 +72,7 @@ class GLMPipeline(PipelineModule):
         config: The model's configuration.
         ranks: The tensor-parallel ranks of this process.
         observe: Called with the losses `(N,)` of a micro-batch and its labels, on the last stage.
+        collect: Called with the normed hidden states `(B, L, D)` and the losses `(N,)` of a micro-batch there.
         label_smoothing: Share of the loss that is distributed over the vocabulary, in `[0, 1]`.
 
     Raises:
@@ -96,6 +97,7 @@ class GLMPipeline(PipelineModule):
             mark_sharded(module, prefix, self.ranks)
         self.loss_fn = self.loss_of
         self.observe: Callable[..., None] | None = None
+        self.collect: Callable[[torch.Tensor, torch.Tensor], None] | None = None
         self.label_smoothing = 0.0
         self.rotary_emb = GLMRotaryEmbedding(config).to(next(self.parameters()).device)
         self._num_parameters = whole.num_parameters()
@@ -193,6 +195,8 @@ class GLMPipeline(PipelineModule):
         losses = head.cross_entropy(logits, shift_labels[is_target], self.label_smoothing)
         if self.observe is not None:
             self.observe(losses, shift_labels, *origin)
+        if self.collect is not None:
+            self.collect(hidden_states, losses)
         return losses.sum() * factor
 
     def activation_checkpointing_enable(

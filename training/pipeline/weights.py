@@ -186,11 +186,8 @@ def _write_stage(pipeline: GLMPipeline, folder: Path, shards: dict[str, list[str
 
 def _joined(pipeline: GLMPipeline, name: str, part: torch.Tensor) -> torch.Tensor:
     """Return a whole parameter on the CPU of the first rank; on the others, something."""
-    ranks, part = pipeline.ranks, part.detach()
-    parts = [part]
-    if ranks.size > 1:
-        parts = [torch.empty_like(part) for _ in range(ranks.size)] if ranks.rank == 0 else []
-        dist.gather(part, parts or None, group=ranks.group, group_dst=0)
+    part = part.detach()
+    parts = pipeline.ranks.gather(part)
     return shard_rule(name).merge(parts).cpu().contiguous() if parts else part
 
 
