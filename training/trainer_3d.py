@@ -38,6 +38,7 @@ from glm_hf.training.pipeline.engine import (
 )
 from glm_hf.training.pipeline.evaluation import PipelineEvaluationTrainer
 from glm_hf.training.pipeline.heartbeat import Heartbeat
+from glm_hf.training.pipeline.lora import LoRAPlan, add_lora, save_adapter
 from glm_hf.training.pipeline.micro_batches import Batch, common_shape, micro_batches, require_names
 
 
@@ -56,6 +57,8 @@ class GLM3DTrainer(PipelineEvaluationTrainer):
             weights have 16 bits, and the optimizer keeps fp32 ones.
         data_collator: Collator, as `GLMTrainer` takes it.
         config: Configuration of `model`, if some of its fields are not those in its folder.
+        peft_config: PEFT's configuration of a LoRA adapter that alone is trained and saved, or the folder of one whose
+            training continues.
         **kwargs: Further arguments of `GLMTrainer`, without those of `REFUSED_OBJECTS_3D`.
 
     Raises:
@@ -74,6 +77,7 @@ class GLM3DTrainer(PipelineEvaluationTrainer):
         data_collator: Any = None,
         *,
         config: GLMConfig | None = None,
+        peft_config: Any = None,
         **kwargs: Any,
     ) -> None:
         if not isinstance(args, GLMTrainingArguments) or args.parallel is None:
@@ -84,14 +88,14 @@ class GLM3DTrainer(PipelineEvaluationTrainer):
             raise ValueError(f"optim must be one of {', '.join(MATRIX_FREE)}, as no process has whole matrices")
         self.parallel = args.parallel
         self.stage, _, self.tensor_rank = self.parallel.coordinates(args.process_index)
-        super().__init__(self._make_pipeline(model, args, config), args, data_collator, **kwargs)
+        super().__init__(self._make_pipeline(model, args, config, peft_config), args, data_collator, **kwargs)
         self.model.observe = self._observe
         self.model.label_smoothing = args.label_smoothing_factor
         self.engine: Any = None
         self.shape: tuple[int, ...] = ()
 
     def _make_pipeline(
-        self, model: str | Path | GLMConfig, args: GLMTrainingArguments, config: GLMConfig | None
+        self, model: str | Path | GLMConfig, args: GLMTrainingArguments, config: GLMConfig | None, peft_config: Any
     ) -> Any:
         """Return this process's share of the model, with its weights."""
         from glm_hf.training.pipeline.model import GLMPipeline
@@ -102,6 +106,7 @@ class GLM3DTrainer(PipelineEvaluationTrainer):
         if getattr(config, "quantization_config", None) is not None:
             raise ValueError(f"{model} is quantized, whose weights cannot be trained; give the model that is not")
         self.parallel.require_fits(config)
+        adapter = None if peft_config is None else LoRAPlan.of(peft_config, model, config, self.parallel)
         if not dist.is_initialized():
             raise ValueError(
                 f"a launcher must start the processes of 3D training: torchrun --nproc-per-node {args.world_size}"
@@ -113,6 +118,8 @@ class GLM3DTrainer(PipelineEvaluationTrainer):
             initialize(pipeline, args.seed)
         else:
             load_folder(pipeline, model)
+        if adapter is not None:
+            add_lora(pipeline, adapter, args.seed)
         return pipeline
 
     @property
@@ -215,7 +222,9 @@ class GLM3DTrainer(PipelineEvaluationTrainer):
             if not parameter.ds_pipe_replicated and (parameter.tensor_model_parallel or self.tensor_rank == 0)
         ]
         embedding = self.model.forward_funcs[0].weight if self.model.is_first else None
-        return ParameterGroups(named, embedding, self.model.config.num_hidden_layers)
+        groups = ParameterGroups(named, embedding, self.model.config.num_hidden_layers)
+        groups.has_embedding = self.model.adapter is None  # on all stages
+        return groups
 
     def _squared_gradient_norms(self) -> torch.Tensor:
         """Return `(G,)` the squared norms of this process's part of the groups' gradients, without a loss scale."""
@@ -268,12 +277,14 @@ class GLM3DTrainer(PipelineEvaluationTrainer):
         return super().floating_point_ops(inputs) / (self.parallel.tp_size * self.parallel.pp_size)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write a Hugging Face folder, each stage its own files; within a checkpoint, what training resumes from."""
+        """Write a folder of the model, or of its adapter; within a checkpoint, what training resumes from."""
         from glm_hf.training.pipeline.weights import save_folder
 
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
         if _internal_call and not self.args.save_only_model:
             save_engine(self.engine, folder, self.state.global_step)
+        elif self.model.adapter is not None:
+            save_adapter(self.model, folder)
         else:
             save_folder(self.model, folder)
         if self.args.should_save and self.processing_class is not None:
@@ -288,7 +299,7 @@ class GLM3DTrainer(PipelineEvaluationTrainer):
 
     def _require_checkpoint(self, checkpoint: Path) -> None:
         """Raise an error unless a checkpoint is one of 3D-parallel training of this model, and whole."""
-        require_own(checkpoint, self.model.config)
+        require_own(checkpoint, self.model.config, self.model.adapter)
         super()._require_checkpoint(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

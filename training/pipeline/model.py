@@ -30,6 +30,7 @@ from glm_hf.modeling_glm import GLMForBlankInfilling, GLMLayer, shrink_gradient
 from glm_hf.rotary_glm import GLMRotaryEmbedding
 from glm_hf.sharding.degrees import ParallelDegrees
 from glm_hf.training.data.blanks import IGNORED
+from glm_hf.training.pipeline.lora import LoRAPlan
 from glm_hf.training.pipeline.tensor_parallel import TensorGroup, VocabParallelEmbedding, mark_sharded, shard_layer
 
 EMBEDDING = "embed_tokens"
@@ -74,6 +75,7 @@ class GLMPipeline(PipelineModule):
         observe: Called with the losses `(N,)` of a micro-batch and its labels, on the last stage.
         collect: Called with the normed hidden states `(B, L, D)` and the losses `(N,)` of a micro-batch there.
         label_smoothing: Share of the loss that is distributed over the vocabulary, in `[0, 1]`.
+        adapter: Plan of the adapter that alone is trained; None if all weights are.
 
     Raises:
         ValueError: If the model cannot be spread in this way.
@@ -99,6 +101,7 @@ class GLMPipeline(PipelineModule):
         self.observe: Callable[..., None] | None = None
         self.collect: Callable[[torch.Tensor, torch.Tensor], None] | None = None
         self.label_smoothing = 0.0
+        self.adapter: LoRAPlan | None = None
         self.rotary_emb = GLMRotaryEmbedding(config).to(next(self.parameters()).device)
         self._num_parameters = whole.num_parameters()
 

@@ -179,12 +179,12 @@ def _write_stage(pipeline: GLMPipeline, folder: Path, shards: dict[str, list[str
     weights = dict(named_weights(pipeline))
     for file, names in shards.items():
         if pipeline.stage_of(names[0]) == pipeline.stage_id:
-            tensors = {name: _joined(pipeline, name, weights[name]) for name in names}
+            tensors = {name: joined(pipeline, name, weights[name]) for name in names}
             if tensor_rank == 0:
                 save_file(tensors, folder / file, metadata={"format": "pt"})
 
 
-def _joined(pipeline: GLMPipeline, name: str, part: torch.Tensor) -> torch.Tensor:
+def joined(pipeline: GLMPipeline, name: str, part: torch.Tensor) -> torch.Tensor:
     """Return a whole parameter on the CPU of the first rank; on the others, something."""
     part = part.detach()
     parts = pipeline.ranks.gather(part)
