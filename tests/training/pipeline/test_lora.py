@@ -6,8 +6,8 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from forked import start, wait
-from pipeline_runs import EVALUATED, SETTINGS, logs_of, make_3d_trainer, same_on_all, without_times
+from forked import run_ranks, start, wait
+from pipeline_runs import EVALUATED, SETTINGS, make_3d_trainer, same_on_all, without_times
 from safetensors.torch import load_file
 from small_runs import RECIPE, Texts, make_arguments
 
@@ -75,6 +75,10 @@ def largest_difference(folder: Path, other: Path) -> float:
     return max(float((found[name] - expected[name]).abs().max()) for name in expected)
 
 
+def steps(history: list[dict]) -> list[dict]:
+    return [entry for entry in history if "loss" in entry]
+
+
 def compare(found: list[dict], expected: list[dict]) -> None:
     assert [entry["step"] for entry in found] == [entry["step"] for entry in expected]
     for mine, theirs in zip(found, expected, strict=True):
@@ -103,12 +107,159 @@ def spread(deep_folder, adapter, tmp_path_factory):
 
 def test_eight_processes_train_an_adapter_as_peft_does_in_one(alone, spread, adapter):
     (whole, expected), (folder, history) = alone, spread
-    assert len(logs_of_history(history)) == 10
+    assert len(steps(history)) == 10
     compare(history[:-1], expected[:-1])  # the last entry sums up the run
     assert largest_difference(folder / "adapter", whole / "adapter") <= EXACT
     assert largest_difference(folder / "adapter", adapter) > 1e-2  # it has learned
-    assert min(entry["grad_norm"] for entry in logs_of_history(history)) > CLIPPED["max_grad_norm"]
+    assert min(entry["grad_norm"] for entry in steps(history)) > CLIPPED["max_grad_norm"]
 
 
-def logs_of_history(history: list[dict]) -> list[dict]:
-    return [entry for entry in history if "loss" in entry]
+def logits_of(model: Path, adapter: Path | None) -> torch.Tensor:
+    base = GLMForBlankInfilling.from_pretrained(model, dtype="float32")
+    whole = base if adapter is None else peft.PeftModel.from_pretrained(base, adapter)
+    with torch.no_grad():
+        return whole.eval()(torch.arange(40, 72)[None]).logits
+
+
+def test_the_folder_is_one_of_peft(deep_folder, alone, spread, adapter):
+    (whole, _), (folder, _) = alone, spread
+    expected = logits_of(deep_folder, whole / "adapter")
+    torch.testing.assert_close(logits_of(deep_folder, folder / "adapter"), expected, atol=1e-4, rtol=0)
+    for other in (adapter, None):
+        assert (logits_of(deep_folder, other) - expected).abs().max() > 1e-2
+    assert {path.name for path in (folder / "adapter").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    fields, theirs = (json.loads((each / "adapter_config.json").read_text()) for each in (folder / "adapter", adapter))
+    assert fields.pop("base_model_name_or_path") == str(deep_folder)
+    theirs.pop("base_model_name_or_path")
+    assert {name: sorted(v) if isinstance(v, list) else v for name, v in fields.items()} == {
+        name: sorted(v) if isinstance(v, list) else v for name, v in theirs.items()
+    }
+
+
+def test_only_the_adapter_is_trained_and_in_checkpoints(deep_folder, spread, adapter, tmp_path):
+    """A checkpoint is itself a folder of PEFT."""
+    folder, _ = spread
+    number = sum(weight.numel() for weight in weights_of(adapter).values())
+    assert largest_difference(folder / "checkpoint-10", folder / "adapter") == 0
+    stored = {
+        name
+        for file in (folder / "checkpoint-10" / "global_step10").glob("layer_*")
+        for name in torch.load(file, weights_only=True)
+    }
+    assert {name.rsplit(".", 2)[1] for name in stored} == {"lora_A", "lora_B"}
+
+    def rank_main(rank: int) -> tuple:
+        trainer = make_3d_trainer(deep_folder, tmp_path / "run", {}, objects={"peft_config": adapter}, max_steps=1)
+        trainer.train()
+        states = trainer.engine.optimizer.optimizer.state.values()
+        frozen = [p for p in trainer.model.parameters() if not p.requires_grad]
+        return sum(state["exp_avg"].numel() for state in states), [p.grad is None for p in frozen]
+
+    num_states, has_none = same_on_all(rank_main, {}, tmp_path / "ranks")
+    assert num_states == number
+    assert all(has_none)
+    assert len(has_none) == 51
+
+
+def test_a_run_resumes_bit_for_bit(deep_folder, tmp_path, spread, adapter):
+    folder, history = spread
+    again = train_in_a_pipeline(deep_folder, adapter, tmp_path / "run", ALL, resume=folder / "checkpoint-8", **SAVING)
+    assert steps(again) == steps(history)
+    assert largest_difference(tmp_path / "run" / "adapter", folder / "adapter") == 0
+
+
+@pytest.mark.parametrize(("pipeline", "tensor", "data"), [(1, 1, 2), (4, 1, 1), (1, 2, 1)])
+def test_a_run_resumes_with_other_degrees(deep_folder, tmp_path, spread, adapter, pipeline, tensor, data):
+    folder, history = spread
+    degrees = {"tp_size": tensor, "pp_size": pipeline, "dp_size": data}
+    again = train_in_a_pipeline(
+        deep_folder, adapter, tmp_path / "run", degrees, resume=folder / "checkpoint-4", **SAVING
+    )
+    compare(again[:-1], history[:-1])
+    assert largest_difference(tmp_path / "run" / "adapter", folder / "adapter") <= EXACT
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_modules": None},
+        {"target_modules": r".*mlp\..*", "use_rslora": True, "r": 5},
+        {"target_modules": "all-linear", "exclude_modules": ["dense"], "init_lora_weights": "gaussian"},
+        {"rank_pattern": {"dense": 2}, "alpha_pattern": {"dense_h_to_4h": 3}, "layers_to_transform": [0, 3]},
+    ],
+)
+def test_a_new_adapter_has_the_updates_of_peft_and_follows_the_seed(deep_folder, tmp_path, changes):
+    """Names, sizes and factors as in one process, and values that do not depend on how the model is spread."""
+    config = lora(**changes)
+    whole = peft.get_peft_model(GLMForBlankInfilling.from_pretrained(deep_folder), lora(**changes))
+    expected = peft.get_peft_model_state_dict(whole)
+    scalings = {
+        name.removeprefix("base_model.model."): module.scaling["default"]
+        for name, module in whole.named_modules()
+        if isinstance(module, peft.tuners.lora.LoraLayer)
+    }
+
+    def save(degrees: dict, name: str, **settings) -> dict[str, torch.Tensor]:
+        def rank_main(rank: int) -> None:
+            trainer = make_3d_trainer(
+                deep_folder, tmp_path / "run", degrees, objects={"peft_config": config}, **settings
+            )
+            assert trainer.model.adapter.scalings == scalings
+            trainer.save_model(str(tmp_path / name))
+
+        same_on_all(rank_main, degrees, tmp_path / "ranks")
+        return weights_of(tmp_path / name)
+
+    found, again = save({}, "one"), save({"tp_size": 2, "pp_size": 2}, "four")
+    assert {name: weight.shape for name, weight in found.items()} == {n: w.shape for n, w in expected.items()}
+    assert all(torch.equal(found[name], again[name]) for name in found)
+    other = save({}, "other", seed=7)
+    for name, weight in found.items():
+        if "lora_B" in name:
+            assert not weight.any()
+        else:
+            assert not torch.equal(weight, other[name])
+            assert float(weight.std()) == pytest.approx(float(expected[name].std()), rel=0.4)
+    torch.testing.assert_close(logits_of(deep_folder, tmp_path / "one"), logits_of(deep_folder, None))
+
+
+def test_adapters_drop_inputs_alike_on_all_ranks_and_again_when_recomputed(deep_folder, tmp_path):
+    """What ranks share stays the same on all of them; of what they have apart each drops its own."""
+    degrees, config = {"tp_size": 2}, lora(lora_dropout=0.5)
+
+    def rank_main(rank: int):
+        trainer = make_3d_trainer(
+            deep_folder, tmp_path / "run", degrees, objects={"peft_config": config}, max_steps=3, **CLIPPED
+        )
+        dropped = []
+        layer = trainer.model.layers[0]
+        layer.mlp.dense_4h_to_h.lora_A.register_forward_pre_hook(lambda _, inputs: dropped.append(inputs[0] == 0))
+        layer.mlp.dense_h_to_4h.lora_A.register_forward_pre_hook(lambda _, inputs: dropped.append(inputs[0] == 0))
+        trainer.train()
+        shared = [layer.mlp.dense_h_to_4h.lora_A.weight, layer.mlp.dense_4h_to_h.lora_B.weight]
+        return dropped[0::2], dropped[1::2], [weight.detach() for weight in shared]
+
+    (shared, own, whole), (other_shared, other_own, other_whole) = run_ranks(rank_main, 2, tmp_path)
+    assert all(map(torch.equal, shared, other_shared))
+    assert not any(map(torch.equal, own, other_own))
+    assert all(map(torch.equal, whole, other_whole))
+    assert float(torch.stack([mask.float().mean() for mask in own]).mean()) == pytest.approx(0.5, abs=0.05)
+    options = {"max_steps": 3, **CLIPPED}
+    plain = train_in_a_pipeline(deep_folder, config, tmp_path / "plain", degrees, **options)
+    recomputed = train_in_a_pipeline(
+        deep_folder, config, tmp_path / "less", degrees, activation_checkpointing=True, **options
+    )
+    assert steps(recomputed) == steps(plain)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_sixteen_bits_stay_close(deep_folder, tmp_path, adapter, alone, precision):
+    found = train_in_a_pipeline(
+        deep_folder, adapter, tmp_path / "run", {"pp_size": 2}, **CLIPPED, **{precision: True}
+    )
+    for name in ("loss", "grad_norm"):
+        expected = [entry[name] for entry in steps(alone[1])]
+        assert [entry[name] for entry in steps(found)] == pytest.approx(expected, abs=1e-2)
