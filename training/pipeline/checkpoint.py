@@ -32,7 +32,7 @@ from glm_hf.folders.plain_types import only_plain_types
 from glm_hf.folders.validation import read_json, require_files
 from glm_hf.sharding.degrees import ParallelDegrees
 from glm_hf.sharding.rules import GATED, REPLICATED, ROW, SHARD_RULES, ShardRule, shard_rule
-from glm_hf.training.pipeline.lora import CONFIG_FILE, LoRAPlan, save_adapter
+from glm_hf.training.pipeline.lora import CONFIG_FILE, LoRAPlan, layer_of, save_adapter
 
 PARALLEL_FILE = "parallel.json"
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
@@ -150,7 +150,7 @@ def universal_info(pipeline: Any) -> dict[str, Any]:
     names = [name for name in SHARD_RULES if not name.startswith("model.")]
     whole, tied = [rf"{norm}\.(weight|bias)$"], [r"tied_modules\."]
     if adapter is not None:
-        linears = dict.fromkeys(name.split(".", 3)[3] for name in adapter.ranks)
+        linears = dict.fromkeys(layer_of(name)[1] for name in adapter.ranks)
         names, whole, tied = [f"{linear}.lora_{part}.weight" for linear in linears for part in "AB"], [], []
 
     def patterns(wanted: ShardRule) -> list[str]:

@@ -1,4 +1,4 @@
-"""LoRA on the layers of a pipeline: what PEFT would add to the model, sharded as the linears are, and saved as by PEFT.
+"""LoRA on the layers of a pipeline: the updates that PEFT would add to the model, sharded as the linears are.
 
 Of `W x + s B A x`, the update of a column-parallel linear has a whole A and the rank's rows of B, that of a
 row-parallel one the rank's columns of A and a whole B. What is whole gets its whole gradient on every rank: the
@@ -116,23 +116,24 @@ class LoRAPlan:
             raise ValueError("an adapter is saved without its model: give the folder of a model, not a GLMConfig")
         adapter = copy.deepcopy(adapter)
         with torch.device("meta"):
-            whole = peft.PeftModel(GLMForBlankInfilling(config), adapter, low_cpu_mem_usage=True)
-        updated = {
-            name: module
-            for name, module in whole.get_base_model().named_modules()
-            if isinstance(module, peft.tuners.lora.LoraLayer)
-        }
-        if others := [name for name, module in updated.items() if not name.startswith("model.layers.")]:
+            whole = peft.inject_adapter_in_model(adapter, GLMForBlankInfilling(config), low_cpu_mem_usage=True)
+        layers = {name: m for name, m in whole.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
+        adapter.base_model_name_or_path, adapter.inference_mode = str(model), True  # as PEFT saves them
+        ranks = {name: layer.r["default"] for name, layer in layers.items()}
+        scalings = {name: layer.scaling["default"] for name, layer in layers.items()}
+        plan = cls(adapter, ranks, scalings, folder)
+        plan.require_fits(config, parallel)
+        return plan
+
+    def require_fits(self, config: GLMConfig, parallel: ParallelDegrees) -> None:
+        """Raise ValueError unless the stages of a model can have these updates."""
+        if others := [name for name in self.ranks if not name.startswith("model.layers.")]:
             raise ValueError(f"under parallel, target_modules must be linears of layers, got {others[0]}")
         for stage, layers in enumerate(parallel.stage_layers(config.num_hidden_layers)):
-            if not any(int(name.split(".")[2]) in layers for name in updated):
+            if not any(layer_of(name)[0] in layers for name in self.ranks):
                 raise ValueError(f"every stage must have a layer with an adapter, but stage {stage} has none")
-        if parallel.tp_size > 1 and adapter.lora_dropout and config.attention_dropout:
+        if parallel.tp_size > 1 and self.config.lora_dropout and config.attention_dropout:
             raise ValueError("lora_dropout with tp_size above 1 needs attention_dropout 0 in the model's overrides")
-        adapter.base_model_name_or_path, adapter.inference_mode = str(model), True  # as PEFT saves them
-        [active] = whole.active_adapters
-        ranks = {name: module.r[active] for name, module in updated.items()}
-        return cls(adapter, ranks, {name: module.scaling[active] for name, module in updated.items()}, folder)
 
     def require_same(self, folder: Path) -> None:
         """Raise ValueError unless a checkpoint is of an adapter with the same updates."""
@@ -144,6 +145,12 @@ class LoRAPlan:
             there, here = getattr(saved, name, None), getattr(self.config, name)
             if there != here:
                 raise ValueError(f"{folder} is of another adapter: its {name} is {there}, but here it is {here}")
+
+
+def layer_of(name: str) -> tuple[int, str]:
+    """Return the layer of a linear, and its name in that layer."""
+    _, _, layer, inner = name.split(".", 3)
+    return int(layer), inner
 
 
 def add_lora(pipeline: Any, plan: LoRAPlan, seed: int) -> None:
@@ -160,12 +167,12 @@ def add_lora(pipeline: Any, plan: LoRAPlan, seed: int) -> None:
     """
     pipeline.requires_grad_(False)
     pipeline.adapter = plan
+    parts = dict(pipeline.named_parts())
     for number, (name, r) in enumerate(plan.ranks.items()):
-        prefix, inner = re.fullmatch(r"(model\.layers\.\d+\.)(.*)", name).groups()  # type: ignore[union-attr]
-        parts = dict(pipeline.named_parts())
-        if prefix not in parts:
+        layer, inner = layer_of(name)
+        if f"model.layers.{layer}." not in parts:
             continue
-        linear = parts[prefix].get_submodule(inner)
+        linear = parts[f"model.layers.{layer}."].get_submodule(inner)
         _add_update(linear, name, r, plan, pipeline.ranks)
         place = np.random.SeedSequence((seed, number)).generate_state(1, np.uint64)[0]
         _draw(linear.lora_A.weight, name, pipeline.ranks, int(place >> np.uint64(1)), plan.config)

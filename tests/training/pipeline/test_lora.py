@@ -1,18 +1,25 @@
 """LoRA on the layers of a pipeline against PEFT on the whole model in one process."""
 
 import json
+import shutil
 from pathlib import Path
 
 import peft
 import pytest
 import torch
+import yaml
 from forked import run_ranks, start, wait
 from pipeline_runs import EVALUATED, SETTINGS, make_3d_trainer, same_on_all, without_times
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_runs import RECIPE, Texts, make_arguments
 
-from glm_hf import GLMForBlankInfilling
+from glm_hf import GLMConfig, GLMForBlankInfilling
+from glm_hf.cli import main
+from glm_hf.conversion import export_3d_checkpoint
+from glm_hf.sharding.degrees import ParallelDegrees
 from glm_hf.training import DataCollatorForBlankInfilling, GLMTrainer
+from glm_hf.training.pipeline.checkpoint import require_own
+from glm_hf.training.pipeline.lora import LoRAPlan
 
 ALL = {"tp_size": 2, "pp_size": 2, "dp_size": 2}
 LINEARS = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
@@ -257,9 +264,109 @@ def test_adapters_drop_inputs_alike_on_all_ranks_and_again_when_recomputed(deep_
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_sixteen_bits_stay_close(deep_folder, tmp_path, adapter, alone, precision):
-    found = train_in_a_pipeline(
-        deep_folder, adapter, tmp_path / "run", {"pp_size": 2}, **CLIPPED, **{precision: True}
-    )
+    found = train_in_a_pipeline(deep_folder, adapter, tmp_path / "run", {"pp_size": 2}, **CLIPPED, **{precision: True})
     for name in ("loss", "grad_norm"):
         expected = [entry[name] for entry in steps(alone[1])]
         assert [entry[name] for entry in steps(found)] == pytest.approx(expected, abs=1e-2)
+
+
+def test_the_command_trains_an_adapter_of_a_model_that_is_spread(model_folder, tmp_path):
+    (tmp_path / "text.jsonl").write_text('{"text": "the people of the world work"}\n' * 20)
+    config = {
+        "model": {"path": str(model_folder)},
+        "data": {
+            "cache": str(tmp_path / "cache"),
+            "recipe": {"row_length": 64, "window_length": 32},
+            "train": [{"path": str(tmp_path / "text.jsonl")}],
+        },
+        "training": {"output_dir": str(tmp_path / "run"), "max_steps": 1, "save_strategy": "no", "report_to": "none"},
+        "parallel": {"tp_size": 2},
+        "peft": {"type": "LORA", "r": 3},
+    }
+    config["training"] |= {"use_cpu": True, "disable_tqdm": True, "learning_rate": 0.1, "warmup_share": 0.0}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    assert run_ranks(lambda rank: main(["train", str(tmp_path / "run.yaml")]), 2, tmp_path) == [0, 0]
+    loaded = peft.PeftModel.from_pretrained(GLMForBlankInfilling.from_pretrained(model_folder), tmp_path / "run")
+    assert loaded.peft_config["default"].r == 3
+    assert all(weight.any() for name, weight in loaded.named_parameters() if "lora_B" in name)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (peft.IA3Config(task_type="CAUSAL_LM"), "adapters are of type LORA, got IA3"),
+        (peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "got PREFIX_TUNING"),
+        (lora(use_dora=True), "LORA does not take use_dora"),
+        (lora(bias="lora_only"), "LORA does not take bias"),
+        (lora(lora_bias=True), "LORA does not take lora_bias"),
+        (lora(modules_to_save=["lm_head"]), "LORA does not take modules_to_save"),
+        (lora(layer_replication=[(0, 2), (1, 4)]), "LORA does not take layer_replication"),
+        (lora(trainable_token_indices=[1]), "LORA does not take trainable_token_indices"),
+        (lora(target_parameters=["mlp.dense_4h_to_h.weight"]), "LORA does not take target_parameters"),
+        (lora(init_lora_weights="olora"), "init_lora_weights must be True or 'gaussian', got 'olora'"),
+        (lora(init_lora_weights=False), "init_lora_weights must be True or 'gaussian', got False"),
+        (lora(target_modules=["dense", "embed_tokens"]), "must be linears of layers, got model.embed_tokens"),
+        (lora(target_modules=["dense", "lm_head"]), "must be linears of layers, got lm_head"),
+        (lora(layers_to_transform=[0, 1]), "every stage must have a layer with an adapter, but stage 1 has none"),
+        (lora(lora_dropout=0.1), "lora_dropout with tp_size above 1 needs attention_dropout 0"),
+        (lora(target_modules=["other"]), "other"),
+    ],
+    ids=lambda value: "" if isinstance(value, peft.PeftConfig) else value,
+)
+def test_adapters_that_stages_cannot_have_are_refused(deep_folder, config, message):
+    model = GLMConfig.from_pretrained(deep_folder, attention_dropout=0.1)
+    with pytest.raises(ValueError, match=message) as caught:
+        LoRAPlan.of(config, deep_folder, model, ParallelDegrees(tp_size=2, pp_size=2))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_that_is_nowhere_is_refused(deep_folder):
+    config = GLMConfig.from_pretrained(deep_folder)
+    with pytest.raises(ValueError, match="give the folder of a model"):
+        LoRAPlan.of(lora(), config, config, ParallelDegrees())
+
+
+def test_folders_of_no_adapter_or_of_another_are_refused(deep_folder, tmp_path, adapter):
+    config = GLMConfig.from_pretrained(deep_folder)
+    with pytest.raises(FileNotFoundError, match="must hold an adapter, as PEFT saves it, but has no adapter_config"):
+        LoRAPlan.of(deep_folder, deep_folder, config, ParallelDegrees())
+    weights = weights_of(adapter)
+    name, *_ = weights
+    broken = {
+        "lacks": {other: weight for other, weight in weights.items() if other != name},
+        "has an unknown": weights | {"base_model.model.lm_head.lora_A.weight": torch.zeros(4, 32)},
+        "but the model takes": weights | {name: torch.zeros(4, 33)},
+    }
+    shutil.copytree(adapter, tmp_path / "adapter")
+
+    def rank_main(rank: int) -> list[str]:
+        errors = []
+        for changed in broken.values():
+            save_file(changed, tmp_path / "adapter" / "adapter_model.safetensors")
+            with pytest.raises(ValueError, match="adapter_model.safetensors") as caught:
+                make_3d_trainer(deep_folder, tmp_path, {}, objects={"peft_config": tmp_path / "adapter"})
+            errors.append(str(caught.value))
+        return errors
+
+    for message, error in zip(broken, same_on_all(rank_main, {}, tmp_path / "ranks"), strict=True):
+        assert message in error
+
+
+def test_checkpoints_of_other_adapters_are_refused(deep_folder, tmp_path, spread):
+    checkpoint = spread[0] / "checkpoint-4"
+    config, degrees = GLMConfig.from_pretrained(deep_folder), ParallelDegrees()
+    require_own(checkpoint, config, LoRAPlan.of(lora(), deep_folder, config, degrees))
+    for changes, message in (
+        ({"r": 5}, "its r is 4, but here it is 5"),
+        ({"target_modules": ["dense"]}, "another adapter: its target_modules is"),
+        ({"use_rslora": True}, "another adapter: its use_rslora is False"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            require_own(checkpoint, config, LoRAPlan.of(lora(**changes), deep_folder, config, degrees))
+    with pytest.raises(ValueError, match="has trained an adapter, but here it would be all weights"):
+        require_own(checkpoint, config)
+    shutil.copytree(checkpoint, tmp_path / "whole", ignore=shutil.ignore_patterns("adapter_*"))
+    with pytest.raises(ValueError, match="has trained all weights, but here it would be an adapter"):
+        require_own(tmp_path / "whole", config, LoRAPlan.of(lora(), deep_folder, config, degrees))
+    with pytest.raises(ValueError, match="holds an adapter alone: load it by PeftModel"):
+        export_3d_checkpoint(checkpoint, tmp_path / "model")
