@@ -152,7 +152,6 @@ REFUSED = {
 }
 REFUSED_3D = REFUSED | {
     "auto_find_batch_size": "set per_device_train_batch_size; `glm-hf plan --train` tells what fits",
-    "batch_eval_metrics": "a pipeline gives no predictions",
     "bf16_full_eval": "evaluation has the dtype of training; set bf16",
     "ddp_broadcast_buffers": "DeepSpeed reduces gradients; leave it out",
     "ddp_bucket_cap_mb": "DeepSpeed reduces gradients; set reduce_bucket_size in deepspeed",
@@ -160,11 +159,8 @@ REFUSED_3D = REFUSED | {
     "ddp_static_graph": "DeepSpeed reduces gradients; leave it out",
     "debug": "a pipeline cannot be watched; debug with GLMTrainer",
     "enable_jit_checkpoint": "it would save weights and step apart; set save_steps",
-    "eval_accumulation_steps": "a pipeline gives no predictions",
-    "eval_do_concat_batches": "a pipeline gives no predictions",
-    "eval_use_gather_object": "a pipeline gives no predictions",
+    "eval_use_gather_object": "predictions may be any nest of tensors; leave it out",
     "fp16_full_eval": "evaluation has the dtype of training; set fp16",
-    "include_for_metrics": "a pipeline gives no predictions",
     "include_num_input_tokens_seen": "processes share samples; read samples and tokens_per_second in the logs",
     "label_names": "a pipeline takes the labels of DataCollatorForBlankInfilling; leave it out",
     "neftune_noise_alpha": "no process has whole embeddings; use GLMTrainer",
@@ -177,11 +173,9 @@ REFUSED_3D = REFUSED | {
 }
 REFUSED_OBJECTS_3D = {
     "compute_loss_func": "a loss needs logits of the whole vocabulary, which no process has; use GLMTrainer",
-    "compute_metrics": "compute_metrics needs logits of the whole vocabulary, which no process has; export the model",
     "model_init": "every process reads its own share; give the folder or the GLMConfig of a model",
     "optimizer_cls_and_kwargs": f"no process has whole matrices; set optim to one of {', '.join(MATRIX_FREE)}",
     "optimizers": f"parameters are made by the trainer; set optim to one of {', '.join(MATRIX_FREE)}",
-    "preprocess_logits_for_metrics": "a pipeline gives no predictions; export the model",
 }
 
 

@@ -112,7 +112,7 @@ def build_trainer(run: RunConfig) -> GLMTrainer:
     tokenizer = load_tokenizer(find_folder(run.model.tokenizer or run.model.path or ""))
     if run.parallel is not None:
         model, config = source_of_stages(run.model, tokenizer, args)
-        trainer_class: Callable[..., GLMTrainer] = partial(GLM3DTrainer, config=config)
+        trainer_class: Callable[..., GLMTrainer] = partial(GLM3DTrainer, config=config, peft_config=run.peft)
     else:
         model = load_model(run.model, tokenizer, args)
         if run.peft is not None:

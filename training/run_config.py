@@ -19,6 +19,7 @@ from glm_hf.sharding.degrees import ParallelDegrees
 from glm_hf.training.data.corpora import CorpusSource
 from glm_hf.training.data.dataset import DEFAULT_INSTRUCTION_SHARE
 from glm_hf.training.data.recipe import InfillingRecipe
+from glm_hf.training.pipeline.lora import require_lora
 from glm_hf.training.schedules import PiecewiseLinear
 
 MOST_BYTES = 2**20
@@ -131,7 +132,7 @@ class RunConfig:
         data: Section of that name.
         training: Fields of `GLMTrainingArguments`, which start the process group and so are made by the run itself.
         parallel: Degrees of 3D parallelism; None for a whole model in every process.
-        peft: Configuration of an adapter of PEFT; None to train all weights.
+        peft: Configuration of an adapter of PEFT, under `parallel` of type LORA; None to train all weights.
 
     Raises:
         ValueError: If the sections do not go together.
@@ -145,8 +146,10 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Check that the sections go together."""
-        if self.parallel is not None and (self.peft is not None or self.model.quantization is not None):
-            raise ValueError("parallel trains all weights: leave peft and quantization out, or parallel")
+        if self.parallel is not None and self.model.quantization is not None:
+            raise ValueError("parallel takes weights that are not quantized: leave quantization out, or parallel")
+        if self.parallel is not None and self.peft is not None:
+            require_lora(self.peft)
 
     @classmethod
     def read(cls, file: str | Path) -> "RunConfig":

@@ -1,9 +1,9 @@
 """GLMTrainer on a model that no device can hold: tensor x pipeline x data parallelism on DeepSpeed's engine."""
 
-from collections.abc import Sequence, Sized
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,11 +11,9 @@ from torch import distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers.trainer import SCHEDULER_NAME
-from transformers.trainer_utils import EvalLoopOutput
 
 from glm_hf.configuration_glm import GLMConfig
 from glm_hf.folders.validation import read_config, reading
-from glm_hf.sharding.degrees import ParallelDegrees
 from glm_hf.training.arguments import (
     MATRIX_FREE,
     REFUSED_3D,
@@ -26,10 +24,9 @@ from glm_hf.training.arguments import (
 )
 from glm_hf.training.checkpoints import UNFIT
 from glm_hf.training.data.blanks import IGNORED
-from glm_hf.training.data.sampler import loader_options
 from glm_hf.training.deepspeed_zero import local_gradients, loss_scale_of
 from glm_hf.training.logs.measured_trainer import num_recomputed_layers
-from glm_hf.training.measurements import LossMeter, ParameterGroups, layer_flops_per_token
+from glm_hf.training.measurements import ParameterGroups, layer_flops_per_token
 from glm_hf.training.pipeline.checkpoint import load_engine, require_own, save_engine
 from glm_hf.training.pipeline.engine import (
     check_before_update,
@@ -39,15 +36,13 @@ from glm_hf.training.pipeline.engine import (
     start_deepspeed,
     summed,
 )
+from glm_hf.training.pipeline.evaluation import PipelineEvaluationTrainer
 from glm_hf.training.pipeline.heartbeat import Heartbeat
-from glm_hf.training.pipeline.micro_batches import Batch, common_shape, empty_batch, micro_batches, require_names
-from glm_hf.training.token_loss import names_of_corpora
-from glm_hf.training.trainer import GLMTrainer
-
-EVAL_ROUNDS = 4  # micro-batches per stage that are evaluated in one go, so that stages rarely wait
+from glm_hf.training.pipeline.lora import LoRAPlan, add_lora, save_adapter
+from glm_hf.training.pipeline.micro_batches import Batch, common_shape, micro_batches, require_names
 
 
-class GLM3DTrainer(GLMTrainer):
+class GLM3DTrainer(PipelineEvaluationTrainer):
     """
     `GLMTrainer` with every layer sharded over tensor-parallel ranks and the layers spread over pipeline stages.
 
@@ -62,6 +57,8 @@ class GLM3DTrainer(GLMTrainer):
             weights have 16 bits, and the optimizer keeps fp32 ones.
         data_collator: Collator, as `GLMTrainer` takes it.
         config: Configuration of `model`, if some of its fields are not those in its folder.
+        peft_config: PEFT's configuration of a LoRA adapter that alone is trained and saved, or the folder of one whose
+            training continues.
         **kwargs: Further arguments of `GLMTrainer`, without those of `REFUSED_OBJECTS_3D`.
 
     Raises:
@@ -71,7 +68,6 @@ class GLM3DTrainer(GLMTrainer):
 
     takes_parallel = True
     refused = REFUSED_3D
-    parallel: ParallelDegrees
     lr_scheduler: Any
 
     def __init__(
@@ -81,6 +77,7 @@ class GLM3DTrainer(GLMTrainer):
         data_collator: Any = None,
         *,
         config: GLMConfig | None = None,
+        peft_config: Any = None,
         **kwargs: Any,
     ) -> None:
         if not isinstance(args, GLMTrainingArguments) or args.parallel is None:
@@ -91,14 +88,14 @@ class GLM3DTrainer(GLMTrainer):
             raise ValueError(f"optim must be one of {', '.join(MATRIX_FREE)}, as no process has whole matrices")
         self.parallel = args.parallel
         self.stage, _, self.tensor_rank = self.parallel.coordinates(args.process_index)
-        super().__init__(self._make_pipeline(model, args, config), args, data_collator, **kwargs)
+        super().__init__(self._make_pipeline(model, args, config, peft_config), args, data_collator, **kwargs)
         self.model.observe = self._observe
         self.model.label_smoothing = args.label_smoothing_factor
         self.engine: Any = None
         self.shape: tuple[int, ...] = ()
 
     def _make_pipeline(
-        self, model: str | Path | GLMConfig, args: GLMTrainingArguments, config: GLMConfig | None
+        self, model: str | Path | GLMConfig, args: GLMTrainingArguments, config: GLMConfig | None, peft_config: Any
     ) -> Any:
         """Return this process's share of the model, with its weights."""
         from glm_hf.training.pipeline.model import GLMPipeline
@@ -109,6 +106,7 @@ class GLM3DTrainer(GLMTrainer):
         if getattr(config, "quantization_config", None) is not None:
             raise ValueError(f"{model} is quantized, whose weights cannot be trained; give the model that is not")
         self.parallel.require_fits(config)
+        adapter = None if peft_config is None else LoRAPlan.of(peft_config, model, config, self.parallel)
         if not dist.is_initialized():
             raise ValueError(
                 f"a launcher must start the processes of 3D training: torchrun --nproc-per-node {args.world_size}"
@@ -120,6 +118,8 @@ class GLM3DTrainer(GLMTrainer):
             initialize(pipeline, args.seed)
         else:
             load_folder(pipeline, model)
+        if adapter is not None:
+            add_lora(pipeline, adapter, args.seed)
         return pipeline
 
     @property
@@ -222,7 +222,9 @@ class GLM3DTrainer(GLMTrainer):
             if not parameter.ds_pipe_replicated and (parameter.tensor_model_parallel or self.tensor_rank == 0)
         ]
         embedding = self.model.forward_funcs[0].weight if self.model.is_first else None
-        return ParameterGroups(named, embedding, self.model.config.num_hidden_layers)
+        groups = ParameterGroups(named, embedding, self.model.config.num_hidden_layers)
+        groups.has_embedding = self.model.adapter is None  # on all stages
+        return groups
 
     def _squared_gradient_norms(self) -> torch.Tensor:
         """Return `(G,)` the squared norms of this process's part of the groups' gradients, without a loss scale."""
@@ -274,59 +276,15 @@ class GLM3DTrainer(GLMTrainer):
         """Return the operations of a step's inputs, of which every process of a replica reports a part."""
         return super().floating_point_ops(inputs) / (self.parallel.tp_size * self.parallel.pp_size)
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """Return a loader of this replica's share of the batches, in turns."""
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(dataset, str):
-            dataset = self.eval_dataset[dataset]
-        if dataset is None or not hasattr(dataset, "__len__") or not len(dataset):
-            raise ValueError("evaluation needs an eval_dataset with a length of at least 1")
-        size, number = self.args.per_device_eval_batch_size, len(dataset)
-        starts = range(0, number, size)[self.data_rank :: self.data_size]
-        batches = [list(range(start, min(start + size, number))) for start in starts]
-        if self.args.dataloader_drop_last:
-            batches = [batch for batch in batches if len(batch) == size]
-        return DataLoader(dataset, batch_sampler=batches, collate_fn=self.data_collator, **loader_options(self.args))
-
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """Return the mean loss over all predicted tokens, and by kind of blank. Predictions are not supported."""
-        if description != "Evaluation":
-            raise ValueError("a pipeline gives no predictions; export the model and load it with from_pretrained")
-        self.make_engine()
-        self.eval_meter = LossMeter(self.args.device, names_of_corpora(dataloader.dataset))
-        number, size = len(cast(Sized, dataloader.dataset)), self.args.per_device_eval_batch_size
-        rounds = -(-number // (size * self.data_size))  # of the replica that has the most batches
-        at_once = min(rounds, EVAL_ROUNDS * self.parallel.pp_size)
-        batches = iter(dataloader)
-        nothing = empty_batch(self.model.config.pad_token_id)
-        for _ in range(-(-rounds // at_once)):
-            pieces = [next(batches, nothing) for _ in range(at_once)]
-            for piece in pieces:
-                require_names(piece)
-            self.eval_meter.begin_step()
-            self.engine.eval_batch(
-                self._prepared([(piece, 1.0) for piece in pieces]),
-                reduce_output=None,
-                bcast_loss=False,
-                num_micro_batches=at_once,
-            )
-        taken = torch.tensor(summed(list(self.eval_meter.take())))
-        return EvalLoopOutput(None, None, self.eval_meter.describe_evaluation(taken, metric_key_prefix), number)
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write a Hugging Face folder, each stage its own files; within a checkpoint, what training resumes from."""
+        """Write a folder of the model, or of its adapter; within a checkpoint, what training resumes from."""
         from glm_hf.training.pipeline.weights import save_folder
 
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
         if _internal_call and not self.args.save_only_model:
             save_engine(self.engine, folder, self.state.global_step)
+        elif self.model.adapter is not None:
+            save_adapter(self.model, folder)
         else:
             save_folder(self.model, folder)
         if self.args.should_save and self.processing_class is not None:
@@ -341,7 +299,7 @@ class GLM3DTrainer(GLMTrainer):
 
     def _require_checkpoint(self, checkpoint: Path) -> None:
         """Raise an error unless a checkpoint is one of 3D-parallel training of this model, and whole."""
-        require_own(checkpoint, self.model.config)
+        require_own(checkpoint, self.model.config, self.model.adapter)
         super()._require_checkpoint(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

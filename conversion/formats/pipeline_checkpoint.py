@@ -52,6 +52,8 @@ class Checkpoint3D:
 
     def __init__(self, src: str | Path) -> None:
         folder = _deepspeed_folder(Path(src))
+        if (Path(src) / "adapter_config.json").is_file():
+            raise ValueError(f"{src} holds an adapter alone: load it by PeftModel.from_pretrained, on the model")
         self.config, tp_size = _read_config(Path(src)), _read_tp_size(Path(src))
         tensors = model_tensors(self.config, torch.float16)
         places = _places(tensors, self.config, (folder / _file_name(self.config.num_hidden_layers + 2, 0)).exists())

@@ -52,8 +52,16 @@ def save_deep_model(source: Path, folder: Path, **changes: Any) -> Path:
 
 
 def make_3d_trainer(
-    model: Path | GLMConfig, folder: Path, degrees: dict, *, dropout: float = 0.0, data: Any = None, **changes: Any
+    model: Path | GLMConfig,
+    folder: Path,
+    degrees: dict,
+    *,
+    dropout: float = 0.0,
+    data: Any = None,
+    objects: dict | None = None,
+    **changes: Any,
 ) -> GLM3DTrainer:
+    """Return a trainer; `objects` are further arguments of its own."""
     allow_half_on_cpu()
     args = make_arguments(folder, **(SETTINGS | changes), parallel=degrees)
     config = model if isinstance(model, GLMConfig) else GLMConfig.from_pretrained(model)
@@ -65,6 +73,7 @@ def make_3d_trainer(
         train_dataset=Texts() if data is None else data,
         eval_dataset=Texts(EVALUATED),
         config=config,
+        **(objects or {}),
     )
 
 

@@ -20,13 +20,13 @@ FOLDER = Path(__file__).parent
 # Read by code of Trainer, accelerate or the integrations alone, none of which our trainers override.
 OF_TRAINER = """
     activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs
-    batch_eval_metrics bf16 bf16_full_eval ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb
+    bf16 bf16_full_eval ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb
     ddp_find_unused_parameters ddp_static_graph ddp_timeout debug disable_tqdm do_eval do_predict do_train
-    eval_accumulation_steps eval_delay eval_do_concat_batches eval_on_start eval_steps eval_use_gather_object
+    eval_delay eval_on_start eval_steps eval_use_gather_object
     fp16 fp16_full_eval full_determinism greater_is_better hub_always_push hub_model_id hub_private_repo hub_revision
-    hub_strategy hub_token include_for_metrics include_num_input_tokens_seen local_rank log_level log_level_replica
+    hub_strategy hub_token include_num_input_tokens_seen local_rank log_level log_level_replica
     log_on_each_node logging_first_step logging_steps max_grad_norm metric_for_best_model neftune_noise_alpha
-    optim_args optim_target_modules prediction_loss_only project report_to restore_callback_states_from_checkpoint
+    optim_args optim_target_modules project report_to restore_callback_states_from_checkpoint
     resume_from_checkpoint run_name save_on_each_node save_only_model save_steps skip_memory_metrics tf32
     torch_compile torch_compile_backend torch_compile_mode torch_empty_cache_steps trackio_bucket_id trackio_space_id
     trackio_static_space_id use_cache
@@ -38,6 +38,7 @@ TESTED = {
     "adam_epsilon": "test_a_run_equals_a_plain_loop",
     "auto_find_batch_size": "test_smaller_pieces_are_found_and_give_the_same_losses",
     "average_tokens_across_devices": "test_processes_may_each_take_the_mean_of_their_own_tokens",
+    "batch_eval_metrics": "test_metrics_by_batch_see_the_batches_of_one_process",
     "data_seed": "test_the_seed_of_the_data_orders_it",
     "dataloader_drop_last": "test_loaders_work_as_they_are_told",
     "dataloader_multiprocessing_context": "test_loaders_work_as_they_are_told",
@@ -47,9 +48,12 @@ TESTED = {
     "dataloader_prefetch_factor": "test_loaders_work_as_they_are_told",
     "deepspeed": "test_zero_gives_the_losses_of_one_process",
     "enable_jit_checkpoint": "test_a_signal_saves_a_checkpoint",
+    "eval_accumulation_steps": "test_every_option_of_metrics_has_the_effect_of_one_process",
+    "eval_do_concat_batches": "test_every_option_of_metrics_has_the_effect_of_one_process",
     "eval_strategy": "test_epochs_evaluate_and_save",
     "gradient_accumulation_steps": "test_accumulated_samples_make_a_step",
     "ignore_data_skip": "test_other_batch_sizes_are_taken_where_no_data_is_skipped",
+    "include_for_metrics": "test_every_option_of_metrics_has_the_effect_of_one_process",
     "label_names": "test_label_ids_are_the_labels_of_that_name",
     "label_smoothing_factor": "test_label_smoothing_is_that_of_torch_in_both_trainers",
     "learning_rate": "test_a_run_equals_a_plain_loop",
@@ -64,6 +68,7 @@ TESTED = {
     "output_dir": "test_epochs_evaluate_and_save",
     "per_device_eval_batch_size": "test_eval_loss_is_the_mean_over_tokens_whatever_the_batch",
     "per_device_train_batch_size": "test_every_process_takes_pieces_of_the_size_per_device",
+    "prediction_loss_only": "test_losses_alone_need_no_logits_of_all_tokens",
     "push_to_hub": "test_pushed_checkpoints_have_their_name_and_are_whole",
     "save_strategy": "test_epochs_evaluate_and_save",
     "save_total_limit": "test_the_best_model_comes_back_at_the_end",
@@ -94,7 +99,7 @@ def names_of(kind: type) -> set[str]:
 
 
 def defined_tests() -> str:
-    return "".join(file.read_text() for file in FOLDER.glob("test_*.py"))
+    return "".join(file.read_text() for file in FOLDER.rglob("test_*.py"))
 
 
 def test_every_argument_of_a_run_is_known():

@@ -388,9 +388,9 @@ def test_overrides_reach_a_model_that_is_spread(settings, tmp_path, model_folder
     [
         ({"parallel": {"tp_size": 2}}, "takes 2 processes, but 1 were started"),
         ({"parallel": {"tp": 1}}, "parallel takes tp_size, pp_size, dp_size, partition"),
-        ({"parallel": {"dp_size": 1}, "peft": {"type": "LORA"}}, "parallel trains all weights"),
+        ({"parallel": {"dp_size": 1}, "peft": {"type": "IA3"}}, "under parallel, adapters are of type LORA, got IA3"),
         ({"parallel": {"dp_size": 1}, "model": {"dtype": "float16"}}, "dtype follows from fp16 and bf16 of training"),
-        ({"parallel": {"dp_size": 1}, "model": {"quantization": {"bits": 4}}}, "parallel trains all weights"),
+        ({"parallel": {"dp_size": 1}, "model": {"quantization": {"bits": 4}}}, "parallel takes weights that"),
     ],
 )
 def test_what_cannot_be_spread_is_one_error(settings, tmp_path, capsys, change, message):

@@ -25,7 +25,7 @@ from glm_hf import GLMConfig
 from glm_hf.conversion import export_3d_checkpoint
 from glm_hf.sharding.degrees import ParallelDegrees
 from glm_hf.training import GLM3DTrainer
-from glm_hf.training.trainer_3d import EVAL_ROUNDS
+from glm_hf.training.pipeline.evaluation import EVAL_ROUNDS
 
 ALL = {"tp_size": 2, "pp_size": 2, "dp_size": 2}
 SAVING = {"save_strategy": "steps", "save_steps": 4, "eval_strategy": "steps", "eval_steps": 4}

@@ -2,6 +2,7 @@
 
 Layout of a checkpoint, besides what the trainer adds:
     config.json        the model
+    adapter_*          the adapter that was trained, if one was, as PEFT saves it; then layer_* hold nothing else
     parallel.json      the degrees it was saved with
     latest             the name of the folder of DeepSpeed's files:
     global_stepN/      layer_*: weights, a file per part of the model and tensor-parallel rank, in the training's dtype
@@ -30,7 +31,8 @@ from glm_hf.folders.checksums import find_damage, write_checksums
 from glm_hf.folders.plain_types import only_plain_types
 from glm_hf.folders.validation import read_json, require_files
 from glm_hf.sharding.degrees import ParallelDegrees
-from glm_hf.sharding.rules import GATED, REPLICATED, ROW, SHARD_RULES, ShardRule
+from glm_hf.sharding.rules import GATED, REPLICATED, ROW, SHARD_RULES, ShardRule, shard_rule
+from glm_hf.training.pipeline.lora import CONFIG_FILE, LoRAPlan, layer_of, save_adapter
 
 PARALLEL_FILE = "parallel.json"
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
@@ -40,8 +42,11 @@ LONGEST_CONVERSION = timedelta(days=2)
 def save_engine(engine: Any, folder: Path, step: int) -> None:
     """Write a checkpoint to a folder that all processes share; all of them call this."""
     pipeline = engine.module
-    pipeline.universal_checkpoint_info = universal_info(pipeline.config)
-    engine.save_checkpoint(str(folder), tag=f"global_step{step}")
+    pipeline.universal_checkpoint_info = universal_info(pipeline)
+    has_adapter = pipeline.adapter is not None
+    engine.save_checkpoint(str(folder), tag=f"global_step{step}", exclude_frozen_parameters=has_adapter)
+    if has_adapter:
+        save_adapter(pipeline, folder)
     if dist.get_rank() == 0:
         pipeline.config.dtype = pipeline.dtype
         pipeline.config.save_pretrained(folder)
@@ -50,13 +55,13 @@ def save_engine(engine: Any, folder: Path, step: int) -> None:
             script.unlink()  # which DeepSpeed adds, and which knows nothing of pipelines
 
 
-def require_own(folder: Path, config: GLMConfig) -> None:
+def require_own(folder: Path, config: GLMConfig, adapter: LoRAPlan | None = None) -> None:
     """
-    Check that a folder holds a checkpoint of 3D-parallel training of a model.
+    Check that a folder holds a checkpoint of 3D-parallel training of a model, or of an adapter of it.
 
     Raises:
         FileNotFoundError: If it does not exist.
-        ValueError: If it holds something else, or the checkpoint of another model.
+        ValueError: If it holds something else, or the checkpoint of another model or adapter.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no checkpoint {folder}")
@@ -70,6 +75,12 @@ def require_own(folder: Path, config: GLMConfig) -> None:
         there, here = getattr(saved, name), getattr(config, name)
         if there != here:
             raise ValueError(f"{folder} is of another model: its {name} is {there}, but here it is {here}")
+    has_adapter = (folder / CONFIG_FILE).is_file()
+    if has_adapter != (adapter is not None):
+        trained, here = ("an adapter", "all weights") if has_adapter else ("all weights", "an adapter")
+        raise ValueError(f"{folder} has trained {trained}, but here it would be {here}; give the same peft")
+    if adapter is not None:
+        adapter.require_same(folder)
 
 
 def load_engine(engine: Any, folder: Path, parallel: ParallelDegrees) -> None:
@@ -92,7 +103,12 @@ def load_engine(engine: Any, folder: Path, parallel: ParallelDegrees) -> None:
         tag = _make_universal(folder, tag)
     engine._config.load_universal_checkpoint = not is_same
     with only_plain_types(), torch.no_grad():
-        engine.load_checkpoint(str(folder), tag=tag, load_lr_scheduler_states=False)
+        engine.load_checkpoint(
+            str(folder),
+            tag=tag,
+            load_module_strict=engine.module.adapter is None,  # or weights that are not trained are missing
+            load_lr_scheduler_states=False,
+        )
 
 
 def _make_universal(folder: Path, tag: str) -> str:
@@ -128,20 +144,24 @@ def convert_to_universal(src: Path, dst: Path) -> None:
     (dst.parent / "latest_universal").write_text(dst.name)  # which had the other name
 
 
-def universal_info(config: GLMConfig) -> dict[str, Any]:
-    """Return what DeepSpeed has to know of a pipeline's parameters to merge shards, from the shard rules."""
+def universal_info(pipeline: Any) -> dict[str, Any]:
+    """Return what DeepSpeed has to know of a pipeline's trained parameters to merge shards, from the shard rules."""
+    adapter, norm = pipeline.adapter, pipeline.config.num_hidden_layers + 1
+    names = [name for name in SHARD_RULES if not name.startswith("model.")]
+    whole, tied = [rf"{norm}\.(weight|bias)$"], [r"tied_modules\."]
+    if adapter is not None:
+        linears = dict.fromkeys(layer_of(name)[1] for name in adapter.ranks)
+        names, whole, tied = [f"{linear}.lora_{part}.weight" for linear in linears for part in "AB"], [], []
 
     def patterns(wanted: ShardRule) -> list[str]:
-        names = [name for name, rule in SHARD_RULES.items() if rule == wanted and not name.startswith("model.")]
-        return [rf"\d+\.{name.replace('.', '[.]')}$" for name in names]
+        return [rf"\d+\.{name.replace('.', '[.]')}$" for name in names if shard_rule(name) == wanted]
 
-    norm = config.num_hidden_layers + 1
     return {
         "universal_checkpoint_version": 0.2,
         "parameter_with_row_parallelism_patterns": patterns(ROW),
         "parameter_with_2_sub_params_cat_dim_0": patterns(GATED),
-        "tp_replicated_parameter_patterns": [*patterns(REPLICATED), rf"{norm}\.(weight|bias)$"],
-        "pipeline_replicated_parameter_patterns": [r"tied_modules\."],
+        "tp_replicated_parameter_patterns": [*patterns(REPLICATED), *whole],
+        "pipeline_replicated_parameter_patterns": tied,
     }
 
 

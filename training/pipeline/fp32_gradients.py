@@ -42,7 +42,7 @@ class FP32GradientsEngine(PipelineEngine):
     def _exec_reduce_tied_grads(self) -> None:
         """Add up the gradients of weights that several stages hold."""
         for weight, group in self.module.get_tied_weights_and_groups():
-            gradient = self.optimizer.get_param_gradient_attribute(weight)
+            gradient = self.optimizer.get_param_gradient_attribute(weight) if weight.requires_grad else None
             if gradient is not None:
                 comm.all_reduce(gradient, group=group)
 

@@ -30,6 +30,7 @@ from glm_hf.modeling_glm import GLMForBlankInfilling, GLMLayer, shrink_gradient
 from glm_hf.rotary_glm import GLMRotaryEmbedding
 from glm_hf.sharding.degrees import ParallelDegrees
 from glm_hf.training.data.blanks import IGNORED
+from glm_hf.training.pipeline.lora import LoRAPlan
 from glm_hf.training.pipeline.tensor_parallel import TensorGroup, VocabParallelEmbedding, mark_sharded, shard_layer
 
 EMBEDDING = "embed_tokens"
@@ -72,7 +73,9 @@ class GLMPipeline(PipelineModule):
         config: The model's configuration.
         ranks: The tensor-parallel ranks of this process.
         observe: Called with the losses `(N,)` of a micro-batch and its labels, on the last stage.
+        collect: Called with the normed hidden states `(B, L, D)` and the losses `(N,)` of a micro-batch there.
         label_smoothing: Share of the loss that is distributed over the vocabulary, in `[0, 1]`.
+        adapter: Plan of the adapter that alone is trained; None if all weights are.
 
     Raises:
         ValueError: If the model cannot be spread in this way.
@@ -96,7 +99,9 @@ class GLMPipeline(PipelineModule):
             mark_sharded(module, prefix, self.ranks)
         self.loss_fn = self.loss_of
         self.observe: Callable[..., None] | None = None
+        self.collect: Callable[[torch.Tensor, torch.Tensor], None] | None = None
         self.label_smoothing = 0.0
+        self.adapter: LoRAPlan | None = None
         self.rotary_emb = GLMRotaryEmbedding(config).to(next(self.parameters()).device)
         self._num_parameters = whole.num_parameters()
 
@@ -193,6 +198,8 @@ class GLMPipeline(PipelineModule):
         losses = head.cross_entropy(logits, shift_labels[is_target], self.label_smoothing)
         if self.observe is not None:
             self.observe(losses, shift_labels, *origin)
+        if self.collect is not None:
+            self.collect(hidden_states, losses)
         return losses.sum() * factor
 
     def activation_checkpointing_enable(

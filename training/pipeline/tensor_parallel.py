@@ -40,6 +40,14 @@ class TensorGroup:
             dist.all_reduce(tensor, op, group=self.group)
         return tensor
 
+    def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Return what all ranks have, of one shape, on the first of them; nothing on the others."""
+        if self.size == 1:
+            return [tensor]
+        parts = [torch.empty_like(tensor) for _ in range(self.size)] if self.rank == 0 else []
+        dist.gather(tensor.contiguous(), parts or None, group=self.group, group_dst=0)
+        return parts
+
 
 class _SumGradients(torch.autograd.Function):
     """Pass a tensor that all ranks have on to their parts, and add up what comes back."""

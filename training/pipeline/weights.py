@@ -179,18 +179,15 @@ def _write_stage(pipeline: GLMPipeline, folder: Path, shards: dict[str, list[str
     weights = dict(named_weights(pipeline))
     for file, names in shards.items():
         if pipeline.stage_of(names[0]) == pipeline.stage_id:
-            tensors = {name: _joined(pipeline, name, weights[name]) for name in names}
+            tensors = {name: joined(pipeline, name, weights[name]) for name in names}
             if tensor_rank == 0:
                 save_file(tensors, folder / file, metadata={"format": "pt"})
 
 
-def _joined(pipeline: GLMPipeline, name: str, part: torch.Tensor) -> torch.Tensor:
+def joined(pipeline: GLMPipeline, name: str, part: torch.Tensor) -> torch.Tensor:
     """Return a whole parameter on the CPU of the first rank; on the others, something."""
-    ranks, part = pipeline.ranks, part.detach()
-    parts = [part]
-    if ranks.size > 1:
-        parts = [torch.empty_like(part) for _ in range(ranks.size)] if ranks.rank == 0 else []
-        dist.gather(part, parts or None, group=ranks.group, group_dst=0)
+    part = part.detach()
+    parts = pipeline.ranks.gather(part)
     return shard_rule(name).merge(parts).cpu().contiguous() if parts else part
 
 

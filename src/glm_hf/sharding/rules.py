@@ -103,5 +103,13 @@ SHARD_RULES = _shard_rules()
 
 
 def shard_rule(name: str) -> ShardRule:
-    """Return the rule of the model's parameter `name`, or of its scale; KeyError if the table does not have it."""
-    return SHARD_RULES[re.sub(r"^model\.layers\.\d+\.", "", name).removesuffix("_scale")]
+    """
+    Return the rule of the model's parameter `name`, or of its scale; KeyError if the table does not have it.
+
+    Of LoRA's `lora_A` and `lora_B`, the one is sharded that has the dimension in which the linear's weight is.
+    """
+    linear, lora, rest = re.sub(r"^model\.layers\.\d+\.", "", name).partition(".lora_")
+    if not lora:
+        return SHARD_RULES[linear.removesuffix("_scale")]
+    rule = SHARD_RULES[f"{linear}.weight"]
+    return rule if rule.dim == {"A.weight": 1, "B.weight": 0}[rest] else REPLICATED

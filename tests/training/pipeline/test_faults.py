@@ -262,18 +262,6 @@ def test_a_checkpoint_of_a_model_of_other_sizes_is_refused(deep_folder, tmp_path
         require_own(tmp_path, GLMConfig.from_pretrained(deep_folder, **change))
 
 
-def test_metrics_of_predictions_are_refused(deep_folder, tmp_path):
-    with pytest.raises(ValueError, match="compute_metrics needs logits of the whole vocabulary"):
-        GLM3DTrainer(deep_folder, make_arguments(tmp_path, parallel={}), compute_metrics=lambda _: {})
-
-    def rank_main(rank: int):
-        trainer = make_3d_trainer(deep_folder, tmp_path / "run", {})
-        trainer.predict(trainer.eval_dataset)
-
-    [error] = errors_of(rank_main, 1, tmp_path / "ranks")
-    assert "a pipeline gives no predictions" in error
-
-
 def test_a_batch_is_counted_by_copies_of_the_model(tmp_path):
     def rank_main(rank: int) -> int | None:
         settings = {"global_batch_size": None, "per_device_train_batch_size": 3}
