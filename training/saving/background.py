@@ -192,6 +192,7 @@ class BackgroundWriter:
     def _write(self, staged: StagedCheckpoint) -> dict[str, Any]:
         """Write this process's files, and return the checksums of all that are known here."""
         rank, cause = self.accelerator.process_index, None
+        reports: list[dict[str, Any]]
         try:
             reports = [{"files": write_parts(staged)}]
         except BaseException as error:

@@ -93,7 +93,7 @@ def _copy_storage(tensors: list[torch.Tensor], buffers: HostBuffers) -> dict[int
 
 def _span(tensor: torch.Tensor) -> tuple[int, int]:
     """Return where in its storage a tensor begins, rounded down, and where it ends, in bytes."""
-    first = tensor.storage_offset() * tensor.element_size()
+    first = int(tensor.storage_offset()) * tensor.element_size()
     if tensor.numel() == 0:
         return first - first % ALIGNMENT, first
     reach = sum((size - 1) * stride for size, stride in zip(tensor.size(), tensor.stride(), strict=True))
