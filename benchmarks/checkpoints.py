@@ -1,9 +1,13 @@
 """
-What checksums cost: saving a checkpoint, and resuming from one, with and without them, in turns in one run.
+What checkpoints cost: their checksums, and a step while one is written in the background.
 
-Without: the same code with the hashing left out. A model of 109 million parameters in fp32 with the state of AdamW,
-1.3 GB, every byte on the disk at the end of a save, and in the page cache when it is loaded. `hashing alone` is what
-saving has more to do. Run: make bench-checkpoints
+Checksums: saving a checkpoint, and resuming from one, with and without them, in turns in one run. Without: the same
+code with the hashing left out. A model of 109 million parameters in fp32 with the state of AdamW, 1.3 GB, every byte
+on the disk at the end of a save, and in the page cache when it is loaded. `hashing alone` is what saving has more to
+do.
+
+Steps: of the same model with `async_save`, in turns with nothing to write, and with the checkpoint of the step before
+being written. `copy` is what a step waits for then, `saving` what it would wait for without. Run: make bench-checkpoints
 """
 
 import argparse
@@ -20,6 +24,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset
+from transformers import TrainerCallback
 from transformers.utils import logging
 
 from glm_hf import GLMConfig, GLMForBlankInfilling
@@ -41,20 +46,15 @@ class Texts(Dataset):
         return {"input_ids": list(range(100, 130))}
 
 
-def make_trainer(folder: Path) -> GLMTrainer:
-    """Return a trainer of one short step, which saves where it is told to."""
+def make_trainer(folder: Path, **settings: Any) -> GLMTrainer:
+    """Return a trainer of one short step, which saves where it is told to, unless `settings` change that."""
     names = ("mask", "gmask", "smask", "eod", "sop", "eop")
     special = {"eos_token_id": 2} | {f"{name}_token_id": number for number, name in enumerate(names, 3)}
     torch.manual_seed(0)
     model = GLMForBlankInfilling(GLMConfig(vocab_size=8192, **special, **SIZES))
+    defaults = {"max_steps": 1, "per_device_train_batch_size": 1, "save_strategy": "no"}
     args = GLMTrainingArguments(
-        output_dir=str(folder),
-        max_steps=1,
-        per_device_train_batch_size=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
+        output_dir=str(folder), report_to="none", disable_tqdm=True, use_cpu=True, **(defaults | settings)
     )
     return GLMTrainer(model, args, train_dataset=Texts())
 
@@ -89,10 +89,59 @@ def load(trainer: GLMTrainer, checkpoint: Path) -> None:
     trainer._load_optimizer_and_scheduler(str(checkpoint))
 
 
+class Turns(TrainerCallback):
+    """Times steps while a checkpoint is being written, in turns with steps while none is."""
+
+    def __init__(self, trainer: GLMTrainer) -> None:
+        """Time the copies of a trainer, too."""
+        self.trainer, self.save = trainer, trainer._save_checkpoint
+        self.seconds: dict[str, list[float]] = {"without": [], "with": [], "copy": []}
+        trainer._save_checkpoint = self.copy  # type: ignore[method-assign]
+
+    def copy(self, *arguments: Any) -> None:
+        """Time what a step waits for."""
+        self.trainer.writer.finish()
+        start = time.perf_counter()
+        self.save(*arguments)
+        self.seconds["copy"].append(time.perf_counter() - start)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Let every second step have nothing beside it."""
+        if state.global_step % 2 == 0:
+            self.trainer.writer.finish()
+            os.sync()
+        self.start = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Save after a step without, so that the next is one with."""
+        is_with = state.global_step % 2 == 0
+        self.seconds["with" if is_with else "without"].append(time.perf_counter() - self.start)
+        control.should_save = not is_with
+
+
+def time_steps(folder: Path, rounds: int, rows: int) -> dict[str, list[float]]:
+    """Return the seconds of steps on `rows` texts with a checkpoint being written and without, and of the copy."""
+    settings = {"async_save": True, "save_total_limit": 1, "per_device_train_batch_size": rows}
+    trainer = make_trainer(folder, max_steps=2 * (rounds + 1), **settings)
+    turns = Turns(trainer)
+    trainer.add_callback(turns)
+    trainer.train()
+    return {name: seconds[1:] for name, seconds in turns.seconds.items()}  # the first time warms up
+
+
+def print_steps(seconds: dict[str, list[float]], saving: float) -> None:
+    """Print a table of what a step costs."""
+    bare, full = seconds["without"], seconds["with"]
+    ratio = statistics.median(b / a for a, b in zip(bare, full, strict=True))
+    print(f"{'a step':14}{statistics.median(bare):>8.2f} s{statistics.median(full):>8.2f} s{ratio:>8.2f}")
+    print(f"{'copy, saving':14}{statistics.median(seconds['copy']):>8.2f} s{saving:>8.2f} s")
+
+
 def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rows", type=int, default=64, help="texts of 30 tokens that a step trains on")
     parser.add_argument("--folder", type=Path, help="folder on the disk to measure (default: the system's temporary)")
     arguments = parser.parse_args()
     logging.disable_progress_bar()
@@ -131,6 +180,8 @@ def main() -> None:
         print(
             f"{'hashing alone':14}{'':10}{alone:>8.2f} s{alone / statistics.median(seconds['saving without']):>8.2f}"
         )
+        steps = time_steps(folder / "steps", arguments.rounds, arguments.rows)
+        print_steps(steps, statistics.median(seconds["saving with"]))
     finally:
         shutil.rmtree(folder)
 

@@ -58,6 +58,8 @@ class GLMTrainingArguments(TrainingArguments):
         spike_threshold: Multiple of the median of the last 100 gradient norms of the embedding that counts as a spike.
         parallel: Degrees of `GLM3DTrainer`, `{"tp_size": 4, "pp_size": 8, "dp_size": 24}`, whose product is the number
             of processes, and `partition`, the layers of every stage, if not balanced.
+        async_save: Whether checkpoints are written while training goes on, from a copy of the state in host memory: a
+            step waits for the copy, and for the checkpoint before. The files are the same.
         peak_tflops: Peak of a device at the precision of the run, in 10^12 operations per second, to log the model and
             hardware FLOPs utilization (MFU and HFU); known for some GPUs by default.
     """
@@ -80,6 +82,7 @@ class GLMTrainingArguments(TrainingArguments):
     divergence_action: str = field(default="stop", metadata={"help": f"One of {', '.join(DIVERGENCE_ACTIONS)}."})
     spike_threshold: float = field(default=20.0, metadata={"help": "Spike of the embedding's gradient, in medians."})
     parallel: Any = field(default=None, metadata={"help": "Degrees {tp_size, pp_size, dp_size} of GLM3DTrainer."})
+    async_save: bool = field(default=False, metadata={"help": "Whether to write checkpoints in the background."})
     peak_tflops: float | None = field(
         default=None, metadata={"help": "Peak of one device in 10^12 operations per second, for the MFU."}
     )
@@ -111,6 +114,10 @@ class GLMTrainingArguments(TrainingArguments):
         for name in ("warmup_share", "batch_ramp_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        if self.async_save:
+            require_honoured(self, REFUSED_ASYNC, "async_save")
+            if self.parallel is not None and self.save_only_model:
+                raise ValueError("under parallel, async_save does not support save_only_model: leave one out")
         dp_size = self.world_size
         if self.parallel is not None:
             self.parallel.require_world(self.world_size)
@@ -170,6 +177,10 @@ REFUSED_3D = REFUSED | {
     "torch_compile_backend": "a pipeline is not compiled; leave it out",
     "torch_compile_mode": "a pipeline is not compiled; leave it out",
     "torch_empty_cache_steps": "micro-batches follow without a pause; leave it out",
+}
+REFUSED_ASYNC = {
+    "enable_jit_checkpoint": "it saves where the process is about to end; leave one out",
+    "save_on_each_node": "one process completes a checkpoint; write into a folder that all processes share",
 }
 REFUSED_OBJECTS_3D = {
     "compute_loss_func": "a loss needs logits of the whole vocabulary, which no process has; use GLMTrainer",

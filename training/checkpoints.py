@@ -4,30 +4,34 @@ A trainer whose checkpoints are there as a whole or not at all, and resumed from
 All processes of a run write and check them together.
 """
 
+import copy
 import json
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
-from glm_hf.folders.atomic import AtomicFolder, exclusive
+from glm_hf.folders.atomic import exclusive
 from glm_hf.folders.checksums import CHECKSUMS, compute_checksums, files_of, find_damage, spread, write_checksums
 from glm_hf.folders.plain_types import only_plain_types
 from glm_hf.folders.validation import read_json, reading
+from glm_hf.training.saving.background import BackgroundWriter
+from glm_hf.training.saving.staging import STAGING, one_error, staging_folder
+from glm_hf.training.saving.state_copies import copying_engine, frozen_model
 from glm_hf.training.token_loss import TokenLossTrainer
 
 LOCK = ".lock"
-STAGING = ".partial-checkpoint"
 STATE_FILE = "glm_training_state.json"
 """What a resumed run needs besides the state of `Trainer`."""
 HAS_CHECKSUMS = "has_checksums"
@@ -52,7 +56,8 @@ class CheckpointingTrainer(TokenLossTrainer):
             ValueError: If the checkpoint to resume from lacks a file, is damaged, or holds more than tensors and plain
                 types; on all processes.
         """
-        with alone(Path(self.args.output_dir), self.accelerator, self.args.should_save), only_plain_types():
+        run = Path(self.args.output_dir)
+        with alone(run, self.accelerator, self.args.should_save), only_plain_types(), self.writer:
             if resume_from_checkpoint is True:
                 resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
             if resume_from_checkpoint not in (None, False, True):
@@ -77,6 +82,11 @@ class CheckpointingTrainer(TokenLossTrainer):
         with reading(str(checkpoint), UNFIT):
             super()._load_rng_state(checkpoint)
 
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """End a run when its last checkpoint is whole."""
+        self.writer.finish()
+        return super()._finalize_training(*args, **kwargs)
+
     def _load_best_model(self) -> None:
         """Return to the best checkpoint; ValueError if it is damaged."""
         self._require_checkpoint(Path(self.state.best_model_checkpoint))
@@ -99,17 +109,23 @@ class CheckpointingTrainer(TokenLossTrainer):
         folder = super()._get_output_dir(trial)
         return str(Path(folder) / STAGING) if self.is_saving else folder
 
+    @cached_property
+    def writer(self) -> BackgroundWriter:
+        """Writer of the checkpoints that are saved while training goes on."""
+        return BackgroundWriter(self.accelerator)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """
-        Save a checkpoint beside its place and move it there when every byte is on the disk.
+        Save a checkpoint beside its place, to be moved there when every byte is on the disk.
+
+        With `async_save`, this returns when the state is copied, and the rest is done in the background.
 
         Raises:
-            OSError: If it cannot be written; earlier checkpoints stay as they are.
+            OSError: If it, or with `async_save` the one before, cannot be written; earlier ones stay as they are.
         """
         run, args = Path(super()._get_output_dir(trial)), self.args
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        is_shared = not args.save_on_each_node
-        with staged_checkpoint(run, name, self.accelerator, writes=args.should_save, is_shared=is_shared) as staged:
+        with self._staged(run, name) as staged:
             self.is_saving = True
             try:
                 super()._save_checkpoint(model, trial)
@@ -121,10 +137,61 @@ class CheckpointingTrainer(TokenLossTrainer):
                 self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
                 state = self._own_state() | {HAS_CHECKSUMS: True}
                 (staged / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n")
-        if args.should_save:
-            rotate_checkpoints(str(run), args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
         if args.push_to_hub:
+            self.writer.finish()
             super()._push_from_checkpoint(str(run / name))
+
+    @contextmanager
+    def _staged(self, run: Path, name: str) -> Iterator[Path]:
+        """Yield the hidden folder of a checkpoint, after which old checkpoints are removed."""
+        args = self.args
+
+        def rotate() -> None:
+            rotate_checkpoints(str(run), args.save_total_limit, best, use_mtime=True)
+
+        if args.async_save:
+            engine = copying_engine(self.model_wrapped, self.writer)
+            with self.writer.staged(run, name, writes=args.should_save, then=rotate) as staged, engine:
+                yield staged
+                best = self.state.best_model_checkpoint
+            return
+        is_shared = not args.save_on_each_node
+        with staged_checkpoint(run, name, self.accelerator, writes=args.should_save, is_shared=is_shared) as staged:
+            yield staged
+        best = self.state.best_model_checkpoint
+        if args.should_save:
+            rotate()
+
+    @property
+    def _copies_state(self) -> bool:
+        """Whether large files are to be written in the background."""
+        return self.is_saving and self.args.async_save
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Save the model; within a checkpoint that is written in the background, from a copy of it and its config."""
+        is_adapter = hasattr(self.model, "peft_config")  # which is small, and of quantized weights all that is saved
+        if not (self._copies_state and self.args.should_save) or is_adapter or state_dict == {}:
+            super()._save(output_dir, state_dict)
+            return
+        frozen = copy.copy(self)
+        frozen.args, frozen.model = copy.copy(self.args), frozen_model(self.model)
+        state_dict = self.writer.copy(self.model.state_dict() if state_dict is None else state_dict)
+        save = super(CheckpointingTrainer, frozen)._save
+        self.writer.defer(Path(str(output_dir)), partial(save, output_dir, state_dict))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Save the optimizer, or a copy of it in the background, and the scheduler."""
+        if not self._copies_state or self.is_deepspeed_enabled:  # whose engine copies
+            super()._save_optimizer_and_scheduler(output_dir)
+        elif self.args.should_save:
+            path, state = Path(output_dir) / OPTIMIZER_NAME, self.writer.copy(self.optimizer.state_dict())
+            self.writer.defer(path, partial(torch.save, state, path))
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Do what is due at the end of a step; OSError if a checkpoint cannot be written in the background."""
+        self.writer.raise_error()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Push nothing yet: the folder still has to get its name."""
@@ -171,17 +238,13 @@ def staged_checkpoint(
     Raises:
         OSError: If it cannot be written; the folder is removed then, and earlier checkpoints stay as they are.
     """
-    checkpoint = AtomicFolder(run / name, replaces=True, home=run / STAGING, work_name=name)
-    try:
+    checkpoint = staging_folder(run, name)
+    with one_error(run / name):
         with checkpoint.writing() if writes else nullcontext(checkpoint.work) as staged:
             accelerator.wait_for_everyone()
             yield staged
             accelerator.wait_for_everyone()
             _add_checksums(staged, accelerator, writes, is_shared)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
-        last = get_last_checkpoint(run)
-        where = f"training can be resumed from {last}" if last else "there is no earlier checkpoint"
-        raise OSError(f"{run / name} cannot be saved: {error}; {where}") from error
     accelerator.wait_for_everyone()
 
 

@@ -171,7 +171,7 @@ class AtomicFolder:
 @contextmanager
 def exclusive(lock: Path, what: Path) -> Iterator[None]:
     """Hold a lock file, which is removed at the end; OSError if another process writes to `what`, which it guards."""
-    held = FileLock(lock)
+    held = FileLock(lock, thread_local=False)  # another thread may release it
     try:
         held.acquire(blocking=False)
     except Timeout as error:
