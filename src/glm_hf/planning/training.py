@@ -128,8 +128,7 @@ class TrainingPlan:
         """Bytes of one GPU of every stage."""
         request = self.request
         return tuple(
-            stage_memory(request.shape, stage, self.run.in_flight(stage), request.recompute)
-            for stage in self.stages
+            stage_memory(request.shape, stage, self.run.in_flight(stage), request.recompute) for stage in self.stages
         )
 
     @property
@@ -300,7 +299,10 @@ def changes(request: TrainingRequest) -> Iterator[tuple[str, TrainingRequest]]:
     if request.recompute == "none":
         yield "--recompute selective", replace(request, recompute="selective")
     if request.parallel.tp_size > request.parallel.sequence_multiple:
-        yield "--sequence-parallel", replace(request, parallel=replace(request.parallel, sequence_parallel=True))
+        sliced = replace(request, parallel=replace(request.parallel, sequence_parallel=True))
+        yield "--sequence-parallel", sliced
+        if request.recompute == "none":
+            yield "--sequence-parallel --recompute selective", replace(sliced, recompute="selective")
     if request.micro_batch > 1:
         yield "--micro-batch 1", replace(request, micro_batch=1)
     parallel = request.parallel

@@ -21,9 +21,8 @@ activations  What a stage keeps of every micro-batch in flight, and what the bac
              Kept by a stage: the mask `B * L * L`, cosines and sines `2 * T * K * e`, ids `3 * 8 * T`; what it
              received and what it sent, `S * D * e` each. By the last: input and output of the norm, the latter of two
              micro-batches, and of the LM head its input `N * D * e` and probabilities `4 * N * V/n`.
-             Added: what a layer has not kept, and the widest moment of its backward pass, of the MLP, with sequence
-             parallelism over the tokens of all ranks and one slice; or that of the LM head, three copies of the
-             logits in fp32.
+             Added: what a layer has not kept, and the widest moment of its backward pass, of the MLP; or that of the
+             LM head, three copies of the logits in fp32.
 buffers      In computing, what is received, `S * D * e` each way, and the gradient of the largest parameter before it
              is added, in 16 bits with its copy in fp32. Memory must also do for two other moments, when activations
              are gone; what these take more counts as buffers:
@@ -206,8 +205,7 @@ def stage_bytes_kept(shape: Shape, stage: int, recompute: str) -> int:
 def backward_bytes(shape: Shape, stage: int, recompute: str) -> int:
     """Return the bytes that the backward pass of a micro-batch adds to what is kept, at its widest moment."""
     inner = shape.config.intermediate_size // shape.parallel.tp_size
-    layer = 2 * shape.whole_state_bytes + shape.tokens * 2 * inner * shape.size
-    layer += shape.state_bytes * (shape.parallel.sequence_multiple > 1)
+    layer = shape.whole_state_bytes + shape.state_bytes + shape.tokens * 2 * inner * shape.size
     if recompute == "full":
         layer += layer_bytes_kept(shape, "none") - shape.state_bytes
     elif recompute == "selective":

@@ -121,6 +121,40 @@ def test_layers_kept_whole_send_a_third_less():
     assert tensor_bytes(shape, 3, recompute="none") == (1.5 * 18 * STATES, 1.5 * 18 * STATES)
 
 
+SLICED = ParallelDegrees(4, 8, 24, sequence_parallel=True)
+
+
+def test_slices_send_what_whole_states_do_and_inputs_again_backward():
+    """In elements of hidden states: an all-gather or a reduce-scatter over 4 ranks sends 3/4 of them."""
+    whole, sliced = plan(recompute="none").request.shape, plan(SLICED, recompute="none").request.shape
+    one = 3 / 4 * STATES
+    for stage, more in ((0, 0), (3, 0), (7, one)):  # the final norm's, which predicted tokens are taken from
+        parts = [sum(tensor_bytes(shape, stage, "none")) for shape in (sliced, whole)]
+        assert parts[0] - parts[1] == more
+    sent = [sent_bytes(shape, 3, "none") for shape in (sliced, whole)]
+    assert sent[0]["tensor"] - sent[1]["tensor"] == 176 * 9 * 2 * one
+    assert sent[0]["pipeline"] == 176 * (2 * STATES / 4 + 24 * 2048)
+    assert sent[0]["data"] == sent[1]["data"]
+
+
+def test_selective_recomputation_repeats_attention():
+    selective, kept = plan(recompute="selective"), plan(recompute="none")
+    again = 70 * 4 * 12288 * 2048 * 4224 * 2048
+    assert selective.hardware_operations == kept.model_operations + again
+    assert selective.mfu < plan(recompute="none").mfu
+    assert selective.mfu > plan().mfu
+    machine = Machine(Gpu("slow", 1, 1, GIB, 1, 1), 0.5, 1.0)
+    seconds = [stage_seconds(one.request.shape, 3, one.request.recompute, machine)[1] for one in (selective, kept)]
+    assert seconds[0] - seconds[1] == pytest.approx(9 * 2048 * 4 * 12288 * 2048 / 4 / 0.5e12)
+
+
+def test_slices_and_selective_recomputation_make_the_run_of_the_paper_fit():
+    assert [plan(parallel, recompute="selective").fits for parallel in (None, SLICED)] == [False, True]
+    sliced = plan(SLICED, recompute="selective")
+    assert sliced.step_seconds < 0.85 * plan().step_seconds
+    assert "activations recomputed selectively" in sliced.title()
+
+
 def test_a_step_is_the_pipeline_and_what_follows():
     """Gradients in fp32, weights and the tied embedding over 25 GB/s, three quarters of which are reached."""
     paper = plan()
@@ -180,7 +214,8 @@ def test_advice_names_changes_that_fit():
     assert 13 < missing < 14
     rounded_up = f"{missing + 0.005:.2f}"
     assert kept.advice() == (
-        f"needs {rounded_up} GiB more on each GPU of stage 0; fits with checkpointing, or with --tensor 8 --data 12"
+        f"needs {rounded_up} GiB more on each GPU of stage 0; fits with --recompute full, or with --sequence-parallel "
+        "--recompute selective, or with --tensor 8 --data 12"
     )
     assert plan(ParallelDegrees(8, 4, 12), recompute="none", global_batch=4224).fits is False
     assert plan(ParallelDegrees(8, 8, 12), recompute="none").fits
@@ -231,6 +266,7 @@ def test_json_adds_up():
         ({"precision": "int8"}, "precision must be one of fp16, bf16, fp32, got 'int8'"),
         ({"target_share": 0}, "target_share must be more than 0 and at most 1, got 0"),
         ({"schedule": "zero"}, "schedule must be one of"),
+        ({"recompute": "some"}, "recompute must be one of full, selective, none, got 'some'"),
         ({"parallel": ParallelDegrees(7, 8, 24)}, r"tp_size must divide num_attention_heads \(96\), got 7"),
         ({"parallel": ParallelDegrees(4, 8, 24, partition=(9,) * 8)}, "partition must hold the 70 layers"),
     ],
