@@ -13,8 +13,8 @@ sent        By one GPU in a step, where an all-reduce over `k` ranks sends `2 (k
                       reduce-scatter and all-gather are the halves of an all-reduce, of which the embedding has one in
                       each pass, and so has the final norm. Besides, each column-parallel linear gathers its input
                       again backward, half of an all-reduce, while it computes.
-            pipeline  `T * D * e`, with sequence parallelism `T/n * D * e`, and, forward, three ids of 8 bytes per token,
-                      to each neighbour
+            pipeline  `T * D * e`, with sequence parallelism `T/n * D * e`, and, forward, three ids of 8 bytes per
+                      token, to each neighbour
             data      `P * e` all-reduced, though a rank needs a part only (DeepSpeed's default in ZeRO-1); then
                       `(d-1)/d * P * e`, the weights
             tied      `V/n * D * e` between the first stage and the last
