@@ -179,8 +179,8 @@ def main() -> None:
             sliced = ", slices" if parallel.sequence_parallel else ""
             print(
                 f"{parallel.describe() + sliced:38}{run['layers']:>4}  {run['micro_batch']:>3} x {run['sequence']:<6}"
-                f"{run.get('precision', 'fp32'):>6}  {run.get('recompute', 'none'):10}  {stage:>3}  {total / 2**20:6.0f} MiB "
-                f"{peak / 2**20:6.0f} MiB  {total / peak:.2f}",
+                f"{run.get('precision', 'fp32'):>6}  {run.get('recompute', 'none'):10}  {stage:>3}  "
+                f"{total / 2**20:6.0f} MiB {peak / 2**20:6.0f} MiB  {total / peak:.2f}",
                 flush=True,
             )
 

@@ -203,9 +203,10 @@ class GLMPipeline(PipelineModule):
             labels: What tokens are to predict `(B, L)`, the factor, and whatever `observe` takes besides.
         """
         shift_labels, factor, *origin = labels
+        hidden_states = gather_sequence(hidden_states, self.ranks)
         is_target = shift_labels != IGNORED
         head = self.forward_funcs[-1]
-        logits = head.logits(gather_sequence(hidden_states, self.ranks)[is_target])
+        logits = head.logits(hidden_states[is_target])
         losses = head.cross_entropy(logits, shift_labels[is_target], self.label_smoothing)
         if self.observe is not None:
             self.observe(losses, shift_labels, *origin)
