@@ -152,7 +152,7 @@ def test_slices_and_selective_recomputation_make_the_run_of_the_paper_fit():
     assert [plan(parallel, recompute="selective").fits for parallel in (None, SLICED)] == [False, True]
     sliced = plan(SLICED, recompute="selective")
     assert sliced.step_seconds < 0.85 * plan().step_seconds
-    assert "activations recomputed selectively" in sliced.title()
+    assert ", sequence parallel, activations recomputed selectively\n" in sliced.title()
 
 
 def test_a_step_is_the_pipeline_and_what_follows():
