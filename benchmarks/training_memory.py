@@ -28,10 +28,14 @@ SPECIAL = ("pad", "eos", "mask", "gmask", "smask", "eod", "sop", "eop")
 TINY = {"hidden": 64, "inner": 128, "layers": 4, "sequence": 64}
 MEDIUM = {"hidden": 1024, "inner": 2736, "layers": 8, "sequence": 254}
 WIDE = {"hidden": 1024, "inner": 2736, "layers": 6, "sequence": 510}
+SLICED = {"tp_size": 2, "sequence_parallel": True}
 RUNS: list[dict[str, Any]] = [
     {"parallel": {"pp_size": 2}, "micro_batch": 2, "rounds": 4, **MEDIUM},
-    {"parallel": {"pp_size": 2}, "micro_batch": 2, "rounds": 4, "checkpointing": True, **MEDIUM},
+    {"parallel": {"pp_size": 2}, "micro_batch": 2, "rounds": 4, "recompute": "full", **MEDIUM},
     {"parallel": {"tp_size": 2}, "micro_batch": 2, "rounds": 4, **MEDIUM},
+    {"parallel": SLICED, "micro_batch": 2, "rounds": 4, **MEDIUM},
+    {"parallel": SLICED, "micro_batch": 2, "rounds": 4, "recompute": "selective", **MEDIUM},
+    {"parallel": SLICED, "micro_batch": 2, "rounds": 4, "recompute": "full", **MEDIUM},
     {"parallel": {"dp_size": 2}, "micro_batch": 2, "rounds": 4, **MEDIUM},
     {"parallel": {"pp_size": 2}, "micro_batch": 4, "rounds": 4, **WIDE},
     {"parallel": {"tp_size": 2, "pp_size": 2}, "micro_batch": 4, "rounds": 3, **WIDE},
@@ -76,7 +80,8 @@ def train(run: dict[str, Any], folder: str) -> float:
         max_steps=2,
         per_device_train_batch_size=run["micro_batch"],
         global_batch_size=run["micro_batch"] * run["rounds"] * parallel.dp_size,
-        activation_checkpointing=run.get("checkpointing", False),
+        activation_checkpointing="recompute" in run,
+        activation_checkpointing_kwargs={"recompute_granularity": run["recompute"]} if "recompute" in run else None,
         bf16=run.get("precision") == "bf16",
         save_strategy="no",
         report_to="none",
@@ -151,7 +156,8 @@ def planned(run: dict[str, Any], share: float) -> list[int]:
         }
         command = [sys.executable, "-m", "glm_hf.cli", "plan", "--train", folder, "--json"]
         command += [part for name, value in options.items() for part in (f"--{name}", str(value))]
-        command += [] if run.get("checkpointing") else ["--no-checkpointing"]
+        command += ["--recompute", run.get("recompute", "none")]
+        command += ["--sequence-parallel"] if parallel.sequence_parallel else []
         plan = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     return [stage["total"] for stage in plan["stages"]]
 
@@ -164,17 +170,17 @@ def main() -> None:
     if options.worker:
         work(json.loads(options.worker))
         return
-    print("parallel                    layers  micro x length  precision  kept        stage  planned  measured  ratio")
+    print(f"{'parallel':36}layers  micro x length  precision  recompute   stage  planned  measured  ratio")
     for run in RUNS:
         seen, parallel = measure(run), ParallelDegrees.of(run["parallel"])
         plan = planned(run, max(one["share"] for one in seen))
         for stage, total in enumerate(plan):
             peak = max(one["bytes"] for one in seen if parallel.coordinates(one["rank"])[0] == stage)
-            kept = "recomputed" if run.get("checkpointing") else "kept"
+            sliced = ", slices" if parallel.sequence_parallel else ""
             print(
-                f"{parallel.describe():38}{run['layers']:>4}  {run['micro_batch']:>3} x {run['sequence']:<6}"
-                f"{run.get('precision', 'fp32'):>6}  {kept:10}  {stage:>3}  {total / 2**20:6.0f} MiB "
-                f"{peak / 2**20:6.0f} MiB  {total / peak:.2f}",
+                f"{parallel.describe() + sliced:38}{run['layers']:>4}  {run['micro_batch']:>3} x {run['sequence']:<6}"
+                f"{run.get('precision', 'fp32'):>6}  {run.get('recompute', 'none'):10}  {stage:>3}  "
+                f"{total / 2**20:6.0f} MiB {peak / 2**20:6.0f} MiB  {total / peak:.2f}",
                 flush=True,
             )
 

@@ -57,7 +57,8 @@ class GLMTrainingArguments(TrainingArguments):
             do not count as divergence. DeepSpeed cannot skip a step: it stops where something is not finite.
         spike_threshold: Multiple of the median of the last 100 gradient norms of the embedding that counts as a spike.
         parallel: Degrees of `GLM3DTrainer`, `{"tp_size": 4, "pp_size": 8, "dp_size": 24}`, whose product is the number
-            of processes, and `partition`, the layers of every stage, if not balanced.
+            of processes, `partition`, the layers of every stage, if not balanced, and `sequence_parallel`. With it,
+            `activation_checkpointing_kwargs` may have `recompute_granularity`: `full`, the default, or `selective`.
         async_save: Whether checkpoints are written while training goes on, from a copy of the state in host memory: a
             step waits for the copy, and for the checkpoint before. The files are the same.
         peak_tflops: Peak of a device at the precision of the run, in 10^12 operations per second, to log the model and
@@ -104,6 +105,10 @@ class GLMTrainingArguments(TrainingArguments):
         if self.parallel is not None:
             self.deepspeed = None  # the pipeline has an engine of its own
         super().__post_init__()
+        is_recomputed = getattr(self, "activation_checkpointing", False) or self.gradient_checkpointing
+        if "recompute_granularity" in (self.gradient_checkpointing_kwargs or {}):
+            if self.parallel is None or not is_recomputed:
+                raise ValueError("recompute_granularity takes activation_checkpointing=True, and parallel")
         self.deepspeed = deepspeed
         choices = {"divergence_action": DIVERGENCE_ACTIONS, "loss_normalization": LOSS_NORMALIZATIONS}
         for name, known in choices.items():

@@ -204,7 +204,12 @@ def flops_per_token(config: GLMConfig, num_parameters: int, row_length: int) -> 
 def layer_flops_per_token(config: GLMConfig, row_length: int) -> int:
     """Return the operations of a layer's forward pass per token, which recomputed activations take once more."""
     hidden, inner = config.hidden_size, config.intermediate_size
-    return 2 * (4 * hidden**2 + 3 * hidden * inner) + 4 * hidden * row_length
+    return 2 * (4 * hidden**2 + 3 * hidden * inner) + attention_flops_per_token(config, row_length)
+
+
+def attention_flops_per_token(config: GLMConfig, row_length: int) -> int:
+    """Return the operations of a layer's scores and of the sums weighted by them, forward and per token."""
+    return 4 * config.hidden_size * row_length
 
 
 def peak_tflops(device: torch.device) -> float | None:

@@ -25,8 +25,7 @@ from glm_hf.training.arguments import (
 from glm_hf.training.checkpoints import UNFIT
 from glm_hf.training.data.blanks import IGNORED
 from glm_hf.training.deepspeed_zero import local_gradients, loss_scale_of
-from glm_hf.training.logs.measured_trainer import num_recomputed_layers
-from glm_hf.training.measurements import ParameterGroups, layer_flops_per_token
+from glm_hf.training.measurements import ParameterGroups
 from glm_hf.training.pipeline.checkpoint import load_engine, require_own, save_engine
 from glm_hf.training.pipeline.engine import (
     check_before_update,
@@ -40,6 +39,7 @@ from glm_hf.training.pipeline.evaluation import PipelineEvaluationTrainer
 from glm_hf.training.pipeline.heartbeat import Heartbeat
 from glm_hf.training.pipeline.lora import LoRAPlan, add_lora, save_adapter
 from glm_hf.training.pipeline.micro_batches import Batch, common_shape, micro_batches, require_names
+from glm_hf.training.pipeline.recomputation import recomputed_flops_per_token
 
 
 class GLM3DTrainer(PipelineEvaluationTrainer):
@@ -201,11 +201,12 @@ class GLM3DTrainer(PipelineEvaluationTrainer):
 
     def _prepared(self, pieces: Sequence[tuple[Batch, float]]) -> Any:
         """Return the micro-batches of some pieces, after telling the engine if their shape has changed."""
-        shape = common_shape([piece for piece, _ in pieces])
+        multiple = self.parallel.sequence_multiple
+        shape = common_shape([piece for piece, _ in pieces], multiple)
         if self.shape != shape:
             self.shape = shape
             self.engine.reset_activation_shape()
-        return micro_batches(pieces, self.model.config.pad_token_id)
+        return micro_batches(pieces, self.model.config.pad_token_id, multiple)
 
     def _observe(self, losses: torch.Tensor, labels: torch.Tensor, *origin: torch.Tensor) -> None:
         """Take note of the losses of a micro-batch."""
@@ -235,9 +236,8 @@ class GLM3DTrainer(PipelineEvaluationTrainer):
     @cached_property
     def recomputed_flops_per_token(self) -> float:
         """Operations per token that are done twice to save memory, on all stages."""
-        own = torch.tensor(num_recomputed_layers(self.model), device=self.args.device)
-        layers = summed([own])[0] / (self.parallel.tp_size * self.parallel.dp_size)
-        return layers * layer_flops_per_token(self.model.config, self.row_length)
+        own = torch.tensor(recomputed_flops_per_token(self.model, self.row_length), device=self.args.device)
+        return summed([own])[0] / (self.parallel.tp_size * self.parallel.dp_size)
 
     def _may_update(self) -> bool:
         """Measure a step's loss and gradients before its update, and tell whether it may be made."""

@@ -111,8 +111,23 @@ class GLMAttention(nn.Module):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attend from `(B, L, D)` to itself and the cache; arguments as in `GLMLayer.forward`."""
-        batch, length, _ = hidden_states.shape
-        qkv = self.query_key_value(hidden_states).view(batch, length, -1, 3, self.head_dim)  # (B, L, H, 3, K)
+        qkv = self.query_key_value(hidden_states)  # (B, L, 3D)
+        return self.attend(
+            qkv, attention_mask, position_embeddings, past_key_values, context_length, drops_context, **kwargs
+        )
+
+    def attend(
+        self,
+        qkv: torch.Tensor,
+        attention_mask: Mask,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        past_key_values: Cache | None = None,
+        context_length: int | None = None,
+        drops_context: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attend with the projections `(B, L, 3D)` of the tokens; other arguments as in `GLMLayer.forward`."""
+        qkv = qkv.view(*qkv.shape[:2], -1, 3, self.head_dim)  # (B, L, H, 3, K)
         cos, sin = (table[:, :, None, None] for table in position_embeddings)  # (B, L, 1, 1, K)
         query, key = apply_rotary(qkv[:, :, :, :2], cos, sin).transpose(1, 2).unbind(3)  # (B, H, L, K)
         value = qkv[:, :, :, 2].transpose(1, 2)  # (B, H, L, K)
@@ -149,7 +164,11 @@ class GLMMLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Map `(B, L, D)` to `(B, L, D)`."""
-        linear, gate = self.dense_h_to_4h(hidden_states).chunk(2, dim=-1)  # 2 x (B, L, F)
+        return self.contract(self.dense_h_to_4h(hidden_states))
+
+    def contract(self, expanded: torch.Tensor) -> torch.Tensor:
+        """Gate `(B, L, 2F)` and map it to `(B, L, D)`."""
+        linear, gate = expanded.chunk(2, dim=-1)  # 2 x (B, L, F)
         return self.dense_4h_to_h(linear * nn.functional.gelu(gate))
 
 

@@ -183,6 +183,14 @@ def test_objects_that_a_pipeline_has_no_use_for_are_refused_by_name(model_folder
         build("GLM3DTrainer", model_folder, make_arguments(tmp_path, parallel={"dp_size": 1}), **{name: value})
 
 
+@pytest.mark.parametrize("given", [{"parallel": {"dp_size": 1}}, {"activation_checkpointing": True}])
+def test_selective_recomputation_takes_a_pipeline_that_recomputes(tmp_path, given):
+    settings = {"activation_checkpointing_kwargs": {"recompute_granularity": "selective"}}
+    with pytest.raises(ValueError, match="takes activation_checkpointing=True, and parallel"):
+        make_arguments(tmp_path, **settings, **given)
+    make_arguments(tmp_path, parallel={"dp_size": 1}, activation_checkpointing=True, **settings)
+
+
 @pytest.mark.parametrize("optim", ["adafactor", "lion_32bit", "schedule_free_adamw"])
 def test_optimizers_of_whole_matrices_are_refused_in_a_pipeline(model_folder, tmp_path, optim):
     args = make_arguments(tmp_path, parallel={"dp_size": 1}, optim=optim)

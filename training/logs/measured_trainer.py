@@ -5,13 +5,12 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
 
-from glm_hf.modeling_glm import GLMLayer
 from glm_hf.training.checkpoints import CheckpointingTrainer
 from glm_hf.training.deepspeed_zero import local_gradients, loss_scale_of
 from glm_hf.training.logs.run_log import RunLog
-from glm_hf.training.measurements import ParameterGroups, flops_per_token, layer_flops_per_token, peak_tflops
+from glm_hf.training.measurements import ParameterGroups, flops_per_token, peak_tflops
+from glm_hf.training.pipeline.recomputation import recomputed_flops_per_token
 
 
 class MeasuredTrainer(CheckpointingTrainer):
@@ -103,13 +102,8 @@ class MeasuredTrainer(CheckpointingTrainer):
     @cached_property
     def recomputed_flops_per_token(self) -> float:
         """Operations per token that are done twice to save memory."""
-        return num_recomputed_layers(self.model) * layer_flops_per_token(self.model.config, self.row_length)
+        return recomputed_flops_per_token(self.model, self.row_length)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> float:
         """Return the operations of a step's inputs."""
         return self.flops_per_token * inputs["input_ids"].numel()
-
-
-def num_recomputed_layers(model: nn.Module) -> int:
-    """Return how many layers of a model, or of a share of it, compute their activations again in the backward pass."""
-    return sum(module.gradient_checkpointing for module in model.modules() if isinstance(module, GLMLayer))

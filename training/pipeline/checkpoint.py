@@ -17,7 +17,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,8 @@ def load_engine(engine: Any, folder: Path, parallel: ParallelDegrees) -> None:
     tag = (folder / "latest").read_text().strip()
     if Path(tag).name != tag:
         raise ValueError(f"{folder / 'latest'} names {tag!r}, which is no folder beside it")
-    is_same = ParallelDegrees.of(read_json(folder / PARALLEL_FILE)) == parallel
+    saved = ParallelDegrees.of(read_json(folder / PARALLEL_FILE))
+    is_same = replace(saved, sequence_parallel=parallel.sequence_parallel) == parallel  # which shards no weight
     if not is_same:
         tag = _make_universal(folder, tag)
     engine._config.load_universal_checkpoint = not is_same

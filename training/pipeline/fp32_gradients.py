@@ -14,6 +14,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import ZERO_OPTIMIZATION
 from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.optim import Optimizer
 
 
@@ -33,6 +34,8 @@ class FP32GradientsEngine(PipelineEngine):
         super().__init__(
             args=None, model=pipeline, optimizer=optimizer, mpu=mpu, config=config, config_class=config_class
         )
+        if pipeline.ranks.sequence_parallel:  # or it would send a part of every slice, as if all ranks had the same
+            self.is_pipe_partitioned = self.is_grad_partitioned = False
 
     def _do_optimizer_sanity_check(self, basic_optimizer: Optimizer) -> str:
         """Return the kind of optimizer that shards states."""
@@ -45,6 +48,16 @@ class FP32GradientsEngine(PipelineEngine):
             gradient = self.optimizer.get_param_gradient_attribute(weight) if weight.requires_grad else None
             if gradient is not None:
                 comm.all_reduce(gradient, group=group)
+        if self.module.ranks.sequence_parallel:
+            self._sum_gradients_of_slices()
+
+    def _sum_gradients_of_slices(self) -> None:
+        """Add up the gradients of parameters that all ranks of a layer hold, each for its slice of the tokens."""
+        replicated = [p for p in self.module.parameters() if p.requires_grad and not p.tensor_model_parallel]
+        gradients = [self.optimizer.get_param_gradient_attribute(parameter) for parameter in replicated]
+        total = self.module.ranks.all_reduce(_flatten_dense_tensors(gradients))
+        for gradient, of_all in zip(gradients, _unflatten_dense_tensors(total, gradients), strict=True):
+            gradient.copy_(of_all)
 
     _INSTRUCTION_MAP: ClassVar[dict[Any, Any]] = {
         **PipelineEngine._INSTRUCTION_MAP,

@@ -30,13 +30,8 @@ from glm_hf.folders.validation import reading
 from glm_hf.modeling_glm import GLMForBlankInfilling
 from glm_hf.sharding.degrees import ParallelDegrees
 from glm_hf.sharding.rules import ROW, shard_rule
-from glm_hf.training.pipeline.tensor_parallel import (
-    TensorGroup,
-    mark_sharded,
-    per_rank_random_state,
-    sum_gradients,
-    sum_over_ranks,
-)
+from glm_hf.training.pipeline.collectives import TensorGroup, gather_sequence, sum_gradients, sum_hidden_states
+from glm_hf.training.pipeline.tensor_parallel import mark_sharded, per_rank_random_state
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 STAGING = ".partial-adapter"
@@ -206,13 +201,14 @@ def _updated(
     is_row: bool,
     ranks: TensorGroup,
 ) -> torch.Tensor:
-    """Return the output of a linear with its update; of a row-parallel one every rank drops inputs of its own."""
+    """Return the output of a linear with its update; of inputs of its own every rank drops others."""
     [x] = inputs
     if dropout and linear.training:
-        with per_rank_random_state(ranks.rank) if is_row and ranks.size > 1 else nullcontext():
+        has_own = ranks.size > 1 and (is_row or ranks.sequence_parallel)
+        with per_rank_random_state(ranks.rank) if has_own else nullcontext():
             x = F.dropout(x, dropout)
-    low = linear.lora_A(x)  # (..., r)
-    low = sum_over_ranks(low, ranks) if is_row else sum_gradients(low, ranks)
+    low = linear.lora_A(x)  # (B, L, r), of a slice of the tokens where x is one
+    low = sum_hidden_states(low, ranks) if is_row else sum_gradients(gather_sequence(low, ranks), ranks)
     return output + linear.lora_B(low) * scaling
 
 

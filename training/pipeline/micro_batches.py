@@ -64,7 +64,7 @@ def empty_batch(pad_token_id: int) -> Batch:
 
 
 def micro_batches(
-    pieces: Sequence[tuple[Batch, float]], pad_token_id: int
+    pieces: Sequence[tuple[Batch, float]], pad_token_id: int, multiple: int = 1
 ) -> Iterator[tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]]:
     """
     Yield what a pipeline takes for every piece: the layout `(3, B, L)`, and labels with the factor of their loss.
@@ -72,8 +72,9 @@ def micro_batches(
     Args:
         pieces: Batches, each with its factor.
         pad_token_id: Id that fills `input_ids` up.
+        multiple: Divisor of the length.
     """
-    num_rows, length = common_shape([piece for piece, _ in pieces])
+    num_rows, length = common_shape([piece for piece, _ in pieces], multiple)
     for piece, factor in pieces:
         batch = pad_batch(piece, num_rows, length, pad_token_id)
         labels: list[Any] = [batch[name] for name in LABELS]
@@ -81,7 +82,8 @@ def micro_batches(
         yield (torch.stack([batch[name] for name in INPUTS]),), tuple(labels)
 
 
-def common_shape(pieces: Sequence[Batch]) -> tuple[int, int]:
-    """Return the number of rows and the length that hold the largest of some batches."""
+def common_shape(pieces: Sequence[Batch], multiple: int = 1) -> tuple[int, int]:
+    """Return the number of rows and the length, a multiple of `multiple`, that hold the largest of some batches."""
     shapes = [piece["input_ids"].shape for piece in pieces]
-    return max(rows for rows, _ in shapes), max(length for _, length in shapes)
+    longest = max(length for _, length in shapes)
+    return max(rows for rows, _ in shapes), longest + -longest % multiple

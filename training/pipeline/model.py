@@ -1,8 +1,8 @@
 """GLM as a pipeline: the layers of `modeling_glm`, a stage of them per process, sharded over tensor-parallel ranks.
 
-Between stages travel the hidden states `(B, L, D)` and, as integers in one piece, what mask and positions follow from:
-the layout `(3, B, L)` of `input_ids`, `position_ids` and `segment_ids`. The head is part of the loss, which needs the
-logits of predicted tokens only.
+Between stages travel the hidden states `(B, L, D)`, with sequence parallelism each rank's slice `(B, L/n, D)`, and, as
+integers in one piece, what mask and positions follow from: the layout `(3, B, L)` of `input_ids`, `position_ids` and
+`segment_ids`. The head is part of the loss, which needs the logits of predicted tokens only.
 
 DeepSpeed numbers the parts of the model, which is how checkpoints name them: 0 the embedding, 1 to `num_layers` the
 layers, then the final norm and the LM head, which is the embedding again when they are tied.
@@ -30,8 +30,10 @@ from glm_hf.modeling_glm import GLMForBlankInfilling, GLMLayer, shrink_gradient
 from glm_hf.rotary_glm import GLMRotaryEmbedding
 from glm_hf.sharding.degrees import ParallelDegrees
 from glm_hf.training.data.blanks import IGNORED
+from glm_hf.training.pipeline.collectives import TensorGroup, gather_sequence
 from glm_hf.training.pipeline.lora import LoRAPlan
-from glm_hf.training.pipeline.tensor_parallel import TensorGroup, VocabParallelEmbedding, mark_sharded, shard_layer
+from glm_hf.training.pipeline.recomputation import GRANULARITIES, set_recomputation
+from glm_hf.training.pipeline.tensor_parallel import VocabParallelEmbedding, mark_sharded, shard_layer
 
 EMBEDDING = "embed_tokens"
 
@@ -112,8 +114,13 @@ class GLMPipeline(PipelineModule):
     @property
     def ranks(self) -> TensorGroup:
         """The tensor-parallel ranks of this process."""
-        grid = self.mpu()
-        return TensorGroup(self.parallel.tp_size, grid.get_slice_parallel_rank(), grid.get_slice_parallel_group())
+        grid, parallel = self.mpu(), self.parallel
+        return TensorGroup(
+            parallel.tp_size,
+            grid.get_slice_parallel_rank(),
+            grid.get_slice_parallel_group(),
+            parallel.sequence_parallel,
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -164,12 +171,21 @@ class GLMPipeline(PipelineModule):
             inputs: The hidden states, except on the first stage, then the layout.
 
         Returns:
-            The same for the next stage; the normed hidden states `(B, L, D)` on the last.
+            The same for the next stage; the normed hidden states on the last.
+
+        Raises:
+            ValueError: If slices of the tokens would not be equal.
         """
         *states, layout = inputs
         input_ids, position_ids, segment_ids = layout
+        if layout.shape[-1] % self.parallel.sequence_multiple:
+            raise ValueError(
+                f"with sequence_parallel, tp_size ({self.parallel.tp_size}) must divide the length of the rows, got "
+                f"{layout.shape[-1]}; pad them"
+            )
         hidden_states = states[0] if states else self._embed(input_ids)
-        attention = infilling_attention(self.config, input_ids, hidden_states, None, position_ids, None, segment_ids)
+        of_all = hidden_states.new_empty(1).expand(*input_ids.shape, self.config.hidden_size)  # (B, L, D)
+        attention = infilling_attention(self.config, input_ids, of_all, None, position_ids, None, segment_ids)
         position_embeddings = self.rotary_emb(hidden_states, attention.position_ids)
         for layer in self.layers:
             hidden_states = layer(
@@ -188,10 +204,11 @@ class GLMPipeline(PipelineModule):
         Return the loss of a micro-batch on the last stage: the sum over predicted tokens, times a factor.
 
         Args:
-            hidden_states: `(B, L, D)` normed.
+            hidden_states: `(B, L, D)` normed, or this rank's slice of the tokens.
             labels: What tokens are to predict `(B, L)`, the factor, and whatever `observe` takes besides.
         """
         shift_labels, factor, *origin = labels
+        hidden_states = gather_sequence(hidden_states, self.ranks)
         is_target = shift_labels != IGNORED
         head = self.forward_funcs[-1]
         logits = head.logits(hidden_states[is_target])
@@ -208,13 +225,16 @@ class GLMPipeline(PipelineModule):
         every_n_layers: int = 1,
         offload: bool = False,
     ) -> None:
-        """Compute what layers hold again in the backward pass; arguments as in transformers."""
+        """Compute what layers hold again, all or by `recompute_granularity`; other arguments as in transformers."""
         if offload:
             raise ValueError("activation_checkpointing_kwargs: offload is not supported in a pipeline")
-        repeat = partial(checkpoint, **{"use_reentrant": False, **(activation_checkpointing_kwargs or {})})
+        settings = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
+        granularity = settings.pop("recompute_granularity", GRANULARITIES[0])
+        if granularity not in GRANULARITIES:
+            raise ValueError(f"recompute_granularity must be one of {', '.join(GRANULARITIES)}, got {granularity!r}")
         for layer in self.layers:
-            layer.gradient_checkpointing = layer.attention.layer_idx % every_n_layers == 0
-            layer._gradient_checkpointing_func = repeat
+            is_recomputed = layer.attention.layer_idx % every_n_layers == 0
+            set_recomputation(layer, granularity if is_recomputed else None, partial(checkpoint, **settings))
 
     def gradient_checkpointing_enable(
         self,

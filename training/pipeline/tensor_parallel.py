@@ -2,7 +2,8 @@
 
 A layer needs two sums over its ranks in each direction: a row-parallel linear adds up its outputs in the forward pass,
 a column-parallel one the gradients of its input in the backward pass. What both passes hold whole (norms, biases of
-row-parallel linears, residuals) is computed alike on every rank, to the last bit.
+row-parallel linears, residuals) is computed alike on every rank, to the last bit; with sequence parallelism, for a
+slice of the tokens on every rank, so that the gradients of these parameters have to be added up in the end.
 
 Shapes: `B` batch, `L` length, `D` hidden, `V` vocabulary, `n` ranks. Parameters have the names of `modeling_glm`.
 """
@@ -19,74 +20,13 @@ from torch.nn import functional as F
 from glm_hf.configuration_glm import GLMConfig
 from glm_hf.modeling_glm import GLMLayer
 from glm_hf.sharding.rules import REPLICATED, shard_rule
-
-
-class TensorGroup:
-    """
-    The ranks that hold a layer together.
-
-    Args:
-        size: Number of ranks `n`.
-        rank: This process's place among them.
-        group: Their process group, None for a single rank.
-    """
-
-    def __init__(self, size: int = 1, rank: int = 0, group: dist.ProcessGroup | None = None) -> None:
-        self.size, self.rank, self.group = size, rank, group
-
-    def all_reduce(self, tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM) -> torch.Tensor:
-        """Combine a tensor over the ranks, in place."""
-        if self.size > 1:
-            dist.all_reduce(tensor, op, group=self.group)
-        return tensor
-
-    def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Return what all ranks have, of one shape, on the first of them; nothing on the others."""
-        if self.size == 1:
-            return [tensor]
-        parts = [torch.empty_like(tensor) for _ in range(self.size)] if self.rank == 0 else []
-        dist.gather(tensor.contiguous(), parts or None, group=self.group, group_dst=0)
-        return parts
-
-
-class _SumGradients(torch.autograd.Function):
-    """Pass a tensor that all ranks have on to their parts, and add up what comes back."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, ranks: TensorGroup) -> torch.Tensor:
-        """Return the tensor."""
-        ctx.ranks = ranks
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """Return the sum of the gradients, in place: what comes out of a product belongs to nobody else."""
-        return ctx.ranks.all_reduce(gradients[0].contiguous()), None
-
-
-class _Sum(torch.autograd.Function):
-    """Add up what the ranks have, whose gradient is that of the sum."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, ranks: TensorGroup) -> torch.Tensor:
-        """Return the sum, in place."""
-        ctx.mark_dirty(tensor)
-        return ranks.all_reduce(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """Return the gradient."""
-        return gradients[0], None
-
-
-def sum_gradients(tensor: torch.Tensor, ranks: TensorGroup) -> torch.Tensor:
-    """Return `tensor`, which is the same on all ranks, so that its gradient becomes the sum of theirs."""
-    return tensor if ranks.size == 1 else _SumGradients.apply(tensor, ranks)
-
-
-def sum_over_ranks(tensor: torch.Tensor, ranks: TensorGroup) -> torch.Tensor:
-    """Return the sum of what the ranks have, the same on all of them; a tensor without another use is changed."""
-    return tensor if ranks.size == 1 else _Sum.apply(tensor, ranks)
+from glm_hf.training.pipeline.collectives import (
+    TensorGroup,
+    gathered_linear,
+    sum_gradients,
+    sum_hidden_states,
+    sum_over_ranks,
+)
 
 
 class ColumnParallelLinear(nn.Linear):
@@ -95,7 +35,9 @@ class ColumnParallelLinear(nn.Linear):
     ranks: TensorGroup
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Map `(..., in)`, the same on all ranks, to this rank's `(..., out/n)`."""
+        """Map `(B, L, in)`, the same on all ranks or a slice of the tokens on each, to this rank's `(B, L, out/n)`."""
+        if self.ranks.sequence_parallel:
+            return gathered_linear(inputs, self.weight, self.bias, self.ranks)
         return F.linear(sum_gradients(inputs, self.ranks), self.weight, self.bias)
 
 
@@ -105,8 +47,8 @@ class RowParallelLinear(nn.Linear):
     ranks: TensorGroup
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Map this rank's `(..., in/n)` to `(..., out)`, the same on all ranks."""
-        return sum_over_ranks(F.linear(inputs, self.weight), self.ranks) + self.bias
+        """Map this rank's `(B, L, in/n)` to `(B, L, out)`, the same on all ranks, or to its slice of the tokens."""
+        return sum_hidden_states(F.linear(inputs, self.weight), self.ranks) + self.bias
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -128,11 +70,11 @@ class VocabParallelEmbedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(shape))
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Look up `(B, L)` ids and return `(B, L, D)`, the same on all ranks."""
+        """Look up `(B, L)` ids and return `(B, L, D)`, the same on all ranks, or its slice of the tokens."""
         if self.ranks.size == 1:
             return F.embedding(input_ids, self.weight)
         rows, is_here = self._rows(input_ids)
-        return sum_over_ranks(F.embedding(rows, self.weight) * is_here[..., None], self.ranks)
+        return sum_hidden_states(F.embedding(rows, self.weight) * is_here[..., None], self.ranks)
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return the logits of this rank's tokens, `(..., V/n)`, for `(..., D)` hidden states."""
@@ -184,7 +126,9 @@ def shard_layer(layer: GLMLayer, ranks: TensorGroup) -> GLMLayer:
             part = kind(columns, rows, device="meta", dtype=linear.weight.dtype)
             part.ranks = ranks
             layer.set_submodule(name, part)
-        if layer.attention.config.attention_dropout:
+        if ranks.sequence_parallel and (layer.hidden_dropout or layer.attention.config.attention_dropout):
+            use_per_rank_dropout(layer, ranks.rank)  # residuals, too, are of other tokens on every rank
+        elif layer.attention.config.attention_dropout:
             use_per_rank_dropout(layer.attention, ranks.rank)
     return layer
 
@@ -203,26 +147,26 @@ def mark_sharded(module: nn.Module, prefix: str, ranks: TensorGroup) -> None:
         parameter.tensor_model_parallel = is_cut  # type: ignore[attr-defined]
 
 
-def use_per_rank_dropout(attention: nn.Module, rank: int) -> None:
+def use_per_rank_dropout(module: nn.Module, rank: int) -> None:
     """
-    Let the heads of every rank draw dropout of their own, while all else draws alike on all ranks.
+    Let a module draw dropout of its own on every rank, while all else draws alike on all ranks.
 
     The seed of a pass comes from the generator that the ranks share, so that a pass repeated for activation
     checkpointing, which restores that generator, draws the same again.
 
     Args:
-        attention: An attention block.
+        module: Attention block, whose heads are other ones on every rank, or layer, whose tokens are.
         rank: Place of the process among those of the layer.
     """
-    forward = attention.forward
+    forward = module.forward
 
     def forward_apart(*args: Any, **kwargs: Any) -> Any:
-        if not attention.training:
+        if not module.training:
             return forward(*args, **kwargs)
         with per_rank_random_state(rank):
             return forward(*args, **kwargs)
 
-    attention.forward = forward_apart
+    module.forward = forward_apart
 
 
 @contextmanager

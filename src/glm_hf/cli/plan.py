@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 DEFAULT_GPU = "A100-40GB"
 # Options with --train by what they describe; those that are not given have the defaults of the classes.
-DEGREES = ("tp_size", "pp_size", "dp_size", "partition")
+DEGREES = ("tp_size", "pp_size", "dp_size", "partition", "sequence_parallel")
 REQUEST = ("precision", "target_share", "schedule")
 GPU = ("tflops", "gpu_memory", "node_bandwidth", "link_bandwidth", "gpus_per_node")
 EFFICIENCIES = ("compute_efficiency", "link_efficiency")
@@ -64,15 +64,27 @@ def add_run_options(group: Any) -> list[argparse.Action]:
     def add(*names: str, **options: Any) -> argparse.Action:
         return group.add_argument(*names, **options)
 
+    recompute = group.add_mutually_exclusive_group()
     return [
         add("--pipeline", "--pp", dest="pp_size", type=int, metavar="N", help="pipeline stages (default: 1)"),
         add("--data", "--dp", dest="dp_size", type=int, metavar="N", help="replicas of the model (default: 1)"),
+        add(
+            "--sequence-parallel",
+            action="store_true",
+            default=None,
+            help="norms and residuals of a share of the tokens on every tensor-parallel rank",
+        ),
         add("--partition", type=integers, metavar="LIST", help="layers of every stage, such as 8,9,9,8"),
         add("--micro-batch", type=int, metavar="N", help="samples of a micro-batch (default: 1)"),
         add("--global-batch", type=int, metavar="N", help="samples of a step (default: a micro-batch per stage)"),
         add("--sequence", type=int, metavar="N", help="tokens of a sample (default: the model's longest)"),
         add("--precision", choices=("fp16", "bf16", "fp32"), help="of the weights (default: fp16)"),
-        add("--no-checkpointing", action="store_true", help="keep activations instead of recomputing them"),
+        recompute.add_argument(
+            "--recompute",
+            choices=("full", "selective", "none"),
+            help="what is recomputed of a layer: all, attention and the gate of the MLP, or nothing (default: full)",
+        ),
+        recompute.add_argument("--no-checkpointing", action="store_true", help="as --recompute none"),
         add("--target-share", type=float, metavar="X", help="share of the tokens that are predicted (default: 1)"),
         add("--schedule", help="1f1b as the trainer; to compare: gpipe, naive (default: 1f1b)"),
         add("--offload", choices=("none", "cpu", "nvme"), help="plan ZeRO-3 on --data GPUs, its state on these"),
@@ -165,7 +177,7 @@ def plan_training(options: argparse.Namespace, config: "GLMConfig") -> None:
         micro_batch,
         per_round if options.global_batch is None else options.global_batch,
         config.max_position_embeddings if options.sequence is None else options.sequence,
-        checkpointing=not options.no_checkpointing,
+        recompute="none" if options.no_checkpointing else options.recompute or "full",
         reserve=parse_size(options.reserve),
         **given(options, REQUEST),
     )

@@ -3,7 +3,7 @@
 Memory: training_memory.py; communication and time: training_time.py; the bubble: schedule.py.
 
 MFU   Operations of the model, `throughput.flops_per_token` for every token, per second, over the GPUs' peak.
-HFU   The same with the forward pass of the layers counted twice where activations are recomputed.
+HFU   The same with what the layers recompute in the backward pass.
 """
 
 from collections.abc import Iterator
@@ -18,6 +18,7 @@ from glm_hf.planning.table import GIB, format_table, gib
 from glm_hf.planning.training_memory import (
     BYTES,
     COMPONENTS,
+    RECOMPUTE,
     Shape,
     StageMemory,
     activation_bytes,
@@ -28,8 +29,8 @@ from glm_hf.planning.training_time import (
     KINDS,
     Machine,
     forward_message,
-    layer_operations,
     peak_tflops,
+    recomputed_operations,
     sent_bytes,
     stage_seconds,
 )
@@ -52,7 +53,7 @@ class TrainingRequest:
         global_batch: Number of samples of a step.
         sequence: Number of tokens of a sample.
         precision: Precision of the weights: "fp16", "bf16" or "fp32".
-        checkpointing: Whether activations are recomputed in the backward pass instead of being kept.
+        recompute: Activations that are recomputed in the backward pass instead of being kept, one of `RECOMPUTE`.
         target_share: Share of the tokens that are predicted.
         schedule: Pipeline schedule, one of `SCHEDULES`; DeepSpeed runs "1f1b".
         reserve: Bytes per GPU that are left to CUDA, libraries and fragmentation.
@@ -68,7 +69,7 @@ class TrainingRequest:
     global_batch: int
     sequence: int
     precision: str = "fp16"
-    checkpointing: bool = True
+    recompute: str = "full"
     target_share: float = 1.0
     schedule: str = "1f1b"
     reserve: int = DEFAULT_RESERVE
@@ -88,6 +89,8 @@ class TrainingRequest:
             raise ValueError(f"precision must be one of {', '.join(BYTES)}, got {self.precision!r}")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
+        if self.recompute not in RECOMPUTE:
+            raise ValueError(f"recompute must be one of {', '.join(RECOMPUTE)}, got {self.recompute!r}")
         if not 0 < self.target_share <= 1:
             raise ValueError(f"target_share must be more than 0 and at most 1, got {self.target_share}")
 
@@ -115,7 +118,7 @@ class TrainingPlan:
     def run(self) -> PipelineRun:
         """The passes of a step, in seconds."""
         request, shape = self.request, self.request.shape
-        seconds = [stage_seconds(shape, stage, request.checkpointing, request.machine) for stage in self.stages]
+        seconds = [stage_seconds(shape, stage, request.recompute, request.machine) for stage in self.stages]
         forward, backward = zip(*seconds, strict=True)
         transfer = request.machine.send_seconds(forward_message(shape), "pipeline", shape)
         return simulate(forward, backward, shape.num_micro_batches, transfer=transfer, schedule=request.schedule)
@@ -125,8 +128,7 @@ class TrainingPlan:
         """Bytes of one GPU of every stage."""
         request = self.request
         return tuple(
-            stage_memory(request.shape, stage, self.run.in_flight(stage), request.checkpointing)
-            for stage in self.stages
+            stage_memory(request.shape, stage, self.run.in_flight(stage), request.recompute) for stage in self.stages
         )
 
     @property
@@ -141,14 +143,15 @@ class TrainingPlan:
         return min(self.free) >= 0
 
     def other_activations(self, stage: int) -> int:
-        """Return the bytes of a stage's activations if checkpointing were switched."""
+        """Return the bytes of a stage's activations if all were kept, or if they are, recomputed."""
         request = self.request
-        return activation_bytes(request.shape, stage, self.run.in_flight(stage), not request.checkpointing)
+        other = "full" if request.recompute == "none" else "none"
+        return activation_bytes(request.shape, stage, self.run.in_flight(stage), other)
 
     @cached_property
     def sent(self) -> tuple[dict[str, float], ...]:
         """Bytes that a GPU of every stage sends in a step, by kind."""
-        return tuple(sent_bytes(self.request.shape, stage, self.request.checkpointing) for stage in self.stages)
+        return tuple(sent_bytes(self.request.shape, stage, self.request.recompute) for stage in self.stages)
 
     @property
     def seconds_after_pipeline(self) -> float:
@@ -181,7 +184,7 @@ class TrainingPlan:
         """Operations of a step, recomputed ones included."""
         shape, dp_size = self.request.shape, self.request.parallel.dp_size
         layers = self.request.config.num_hidden_layers * shape.num_micro_batches * dp_size
-        return self.model_operations + layers * layer_operations(shape) * self.request.checkpointing
+        return self.model_operations + layers * recomputed_operations(shape, self.request.recompute)
 
     def _share_of_peak(self, operations: float) -> float:
         world_size = self.request.parallel.world_size
@@ -211,7 +214,7 @@ class TrainingPlan:
 
     def describe(self) -> str:
         """Return what every stage takes, in GiB, and what a step takes, in lines."""
-        other = "kept whole" if self.request.checkpointing else "recomputed"
+        other = "recomputed" if self.request.recompute == "none" else "kept whole"
         rows: list[tuple[str, ...]] = [("stage", "layers", *COMPONENTS, "reserve", "total", "free", f"({other})")]
         for stage, (memory, free) in enumerate(zip(self.memory, self.free, strict=True)):
             layers = self.request.parallel.stage_layers(self.request.config.num_hidden_layers)[stage]
@@ -223,11 +226,11 @@ class TrainingPlan:
     def title(self) -> str:
         """Return in two lines what is planned."""
         request = self.request
-        kept = "recomputed" if request.checkpointing else "kept"
+        kept = {"full": "recomputed", "selective": "recomputed selectively", "none": "kept"}[request.recompute]
         return (
             f"{num_model_parameters(request.config) / 1e9:.1f} billion parameters in {request.precision}, "
             f"{request.parallel.describe()} = {request.parallel.world_size} {request.machine.gpu.name}, "
-            f"activations {kept}\n{request.global_batch} x {request.sequence} tokens per step in "
+            f"{'sequence parallel, ' * request.parallel.sequence_parallel}activations {kept}\n{request.global_batch} x {request.sequence} tokens per step in "
             f"{request.shape.num_micro_batches} micro-batches of {request.micro_batch}, {request.schedule}; "
             f"GiB on each GPU of a stage of {gib(request.machine.gpu.memory)}"
         )
@@ -261,7 +264,7 @@ class TrainingPlan:
         """Return the plan in the types of JSON; bytes, seconds, and shares of 1."""
         request = self.request
         layers = request.parallel.stage_layers(request.config.num_hidden_layers)
-        names = ("micro_batch", "global_batch", "sequence", "precision", "checkpointing", "target_share", "schedule")
+        names = ("micro_batch", "global_batch", "sequence", "precision", "recompute", "target_share", "schedule")
         stages = [
             {"stage": stage, "layers": list(layers[stage]), "in_flight": self.run.in_flight(stage)}
             | asdict(self.memory[stage])
@@ -274,6 +277,7 @@ class TrainingPlan:
             "advice": self.advice(),
             "parallel": asdict(request.parallel),
             **{name: getattr(request, name) for name in names},
+            "checkpointing": request.recompute != "none",
             "num_micro_batches": request.shape.num_micro_batches,
             "num_parameters": num_model_parameters(request.config),
             "reserve": request.reserve,
@@ -290,8 +294,15 @@ class TrainingPlan:
 
 def changes(request: TrainingRequest) -> Iterator[tuple[str, TrainingRequest]]:
     """Yield changes that save memory, each with the options that make it; none takes more GPUs."""
-    if not request.checkpointing:
-        yield "checkpointing", replace(request, checkpointing=True)
+    if request.recompute != "full":
+        yield "--recompute full", replace(request, recompute="full")
+    if request.recompute == "none":
+        yield "--recompute selective", replace(request, recompute="selective")
+    if request.parallel.tp_size > request.parallel.sequence_multiple:
+        sliced = replace(request, parallel=replace(request.parallel, sequence_parallel=True))
+        yield "--sequence-parallel", sliced
+        if request.recompute == "none":
+            yield "--sequence-parallel --recompute selective", replace(sliced, recompute="selective")
     if request.micro_batch > 1:
         yield "--micro-batch 1", replace(request, micro_batch=1)
     parallel = request.parallel

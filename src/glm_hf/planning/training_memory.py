@@ -1,27 +1,29 @@
 """How many bytes a GPU holds in 3D training: weights, gradients, optimizer, activations and buffers of its stage.
 
-`B` micro-batch, `L` length, `T = B * L` tokens, `D` hidden, `F` inner width of the MLP, `H` heads, `K` head dim, `V`
-vocabulary, `n` tensor-parallel ranks, `d` replicas, `N` predicted tokens of a micro-batch, `e` bytes of a
-element in the model's dtype, `P` elements of the parameters that a rank holds, by sharding/rules.py. The
-first stage has the embedding, the last the final norm and the LM head, a replica of the embedding when tied.
+`B` micro-batch, `L` length, `T = B * L` tokens, `S` of them between linears, `T` or with sequence parallelism `T / n`,
+`D` hidden, `F` inner width of the MLP, `H` heads, `K` head dim, `V` vocabulary, `n` tensor-parallel ranks, `d`
+replicas, `N` predicted tokens of a micro-batch, `e` bytes of an element in the model's dtype, `P` elements of the
+parameters that a rank holds, by sharding/rules.py. The first stage has the embedding, the last the final norm and the
+LM head, a replica of the embedding when tied.
 
 weights      `P * e`, in one piece that is padded to a multiple of `2d` per group of the optimizer (with weight decay
              and without).
 gradients    `4 * P`: they add up in fp32, and ZeRO-1 shards the optimizer only.
 optimizer    `12 * P / d`: master weights in fp32, also of weights in fp32, and two moments.
 activations  What a stage keeps of every micro-batch in flight, and what the backward pass of one adds to it.
-             Kept by a layer, as autograd's graph tells, in elements of `e` bytes per token
-                 4D           input, both normed states, sum behind attention
-                 6D/n         qkv, rotated query and key, output of attention
-                 4F/n         both halves of the up-projection, gelu, product
-             `4 * (4 + H/n)` bytes per token of norms and softmax, `2D` bytes per token of dropout (one per number, as
-             GPUs draw it), and the mask, `B * L * L * e`. With checkpointing, the input, `T * D * e`.
+             Kept by a layer, as autograd's graph tells, in elements of `e` bytes
+                 4D * S       input, both normed states, sum behind attention
+                 6D/n * T     qkv, rotated query and key, output of attention
+                 4F/n * T     both halves of the up-projection, gelu, product
+             `16 * S` bytes of norms, `4 * H/n * T` of softmax, `2D * S` of dropout (one per number, as GPUs draw
+             it), and the mask, `B * L * L * e`. With selective recomputation half of what has `n` ranks,
+             `(3D + 2F)/n * T`, and neither softmax nor mask; with the full one the input alone, `D * S`.
              Kept by a stage: the mask `B * L * L`, cosines and sines `2 * T * K * e`, ids `3 * 8 * T`; what it
-             received and what it sent, `T * D * e` each. By the last: input and output of the norm, the latter of two
+             received and what it sent, `S * D * e` each. By the last: input and output of the norm, the latter of two
              micro-batches, and of the LM head its input `N * D * e` and probabilities `4 * N * V/n`.
-             Added: a layer's own with checkpointing, and the widest moment of its backward pass, of the MLP; or that
-             of the LM head, three copies of the logits in fp32.
-buffers      In computing, what is received, `T * D * e` each way, and the gradient of the largest parameter before it
+             Added: what a layer has not kept, and the widest moment of its backward pass, of the MLP; or that of the
+             LM head, three copies of the logits in fp32.
+buffers      In computing, what is received, `S * D * e` each way, and the gradient of the largest parameter before it
              is added, in 16 bits with its copy in fp32. Memory must also do for two other moments, when activations
              are gone; what these take more counts as buffers:
              reducing  Gradients are averaged: training_zero.py.
@@ -46,6 +48,7 @@ from glm_hf.sharding.degrees import ParallelDegrees
 from glm_hf.sharding.rules import shard_rule
 
 BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
+RECOMPUTE = ("full", "selective", "none")
 COMPONENTS = ("weights", "gradients", "optimizer", "activations", "buffers")
 
 
@@ -88,8 +91,18 @@ class Shape:
         return BYTES[self.precision]
 
     @property
+    def slice_tokens(self) -> int:
+        """Tokens of a micro-batch whose norms and residuals a rank holds."""
+        return self.micro_batch * ceil(self.sequence / self.parallel.sequence_multiple)
+
+    @property
     def state_bytes(self) -> int:
-        """Bytes of the hidden states of a micro-batch."""
+        """Bytes of the hidden states of a micro-batch between linears, as stages send them."""
+        return self.slice_tokens * self.config.hidden_size * self.size
+
+    @property
+    def whole_state_bytes(self) -> int:
+        """Bytes of the hidden states of a micro-batch within linears."""
         return self.tokens * self.config.hidden_size * self.size
 
 
@@ -154,38 +167,49 @@ def num_model_parameters(config: GLMConfig) -> int:
     return sum(numbers for _, numbers in stage_parameters(whole, 0))
 
 
-def layer_bytes_kept(shape: Shape) -> int:
-    """Return the bytes that a layer keeps of a micro-batch for its backward pass, without checkpointing."""
+def layer_bytes_kept(shape: Shape, recompute: str) -> int:
+    """Return the bytes that a layer keeps of a micro-batch for its backward pass; `recompute` as in `stage_memory`."""
+    if recompute == "full":
+        return shape.state_bytes
     config, ranks, tokens = shape.config, shape.parallel.tp_size, shape.tokens
-    hidden, inner = config.hidden_size, config.intermediate_size // ranks
-    numbers = 4 * hidden + 6 * hidden // ranks + 4 * inner
-    statistics = 4 * (4 + config.num_attention_heads // ranks)
+    hidden, inner = config.hidden_size, config.intermediate_size
     dropout = 2 * hidden * (config.hidden_dropout > 0)
+    kept = 4 * shape.state_bytes + shape.slice_tokens * (16 + dropout)
+    kept += tokens * (3 * hidden + 2 * inner) // ranks * shape.size
+    return kept if recompute == "selective" else kept + recomputed_bytes(shape)
+
+
+def recomputed_bytes(shape: Shape) -> int:
+    """Return the bytes that a layer does not keep with selective recomputation."""
+    config, ranks = shape.config, shape.parallel.tp_size
+    numbers = 3 * config.hidden_size // ranks + 2 * config.intermediate_size // ranks
     mask = shape.micro_batch * shape.sequence**2 * shape.size
-    return tokens * (numbers * shape.size + statistics + dropout) + mask
+    return shape.tokens * (numbers * shape.size + 4 * config.num_attention_heads // ranks) + mask
 
 
-def stage_bytes_kept(shape: Shape, stage: int, checkpointing: bool) -> int:
+def stage_bytes_kept(shape: Shape, stage: int, recompute: str) -> int:
     """Return the bytes that a stage keeps of a micro-batch in flight."""
     config, tokens = shape.config, shape.tokens
     last = stage == shape.parallel.pp_size - 1
     layers = len(shape.parallel.stage_layers(config.num_hidden_layers)[stage])
-    kept = layers * (shape.state_bytes if checkpointing else layer_bytes_kept(shape))
+    kept = layers * layer_bytes_kept(shape, recompute)
     kept += shape.micro_batch * shape.sequence**2 + tokens * (2 * config.head_dim * shape.size + 3 * 8)
     kept += shape.state_bytes * ((stage > 0) + (not last))
     if last:
         columns = config.vocab_size // shape.parallel.tp_size
-        kept += 2 * shape.state_bytes + 8 * tokens
+        kept += 2 * shape.state_bytes + 8 * shape.slice_tokens
         kept += shape.num_targets * (config.hidden_size * shape.size + 4 * columns)
     return kept
 
 
-def backward_bytes(shape: Shape, stage: int, checkpointing: bool) -> int:
+def backward_bytes(shape: Shape, stage: int, recompute: str) -> int:
     """Return the bytes that the backward pass of a micro-batch adds to what is kept, at its widest moment."""
-    hidden, inner = shape.config.hidden_size, shape.config.intermediate_size // shape.parallel.tp_size
-    layer = shape.tokens * (2 * hidden + 2 * inner) * shape.size
-    if checkpointing:
-        layer += layer_bytes_kept(shape) - shape.state_bytes
+    inner = shape.config.intermediate_size // shape.parallel.tp_size
+    layer = shape.whole_state_bytes + shape.state_bytes + shape.tokens * 2 * inner * shape.size
+    if recompute == "full":
+        layer += layer_bytes_kept(shape, "none") - shape.state_bytes
+    elif recompute == "selective":
+        layer += shape.tokens * 2 * inner * shape.size
     if stage < shape.parallel.pp_size - 1:
         return layer
     columns = shape.config.vocab_size // shape.parallel.tp_size
@@ -193,15 +217,15 @@ def backward_bytes(shape: Shape, stage: int, checkpointing: bool) -> int:
     return max(head, layer - 4 * shape.num_targets * columns)
 
 
-def activation_bytes(shape: Shape, stage: int, in_flight: int, checkpointing: bool) -> int:
+def activation_bytes(shape: Shape, stage: int, in_flight: int, recompute: str) -> int:
     """Return the bytes of activations at the widest moment, with so many micro-batches in flight."""
     last = stage == shape.parallel.pp_size - 1
     second_output = shape.state_bytes if last and shape.num_micro_batches > 1 else 0
-    kept = in_flight * stage_bytes_kept(shape, stage, checkpointing)
-    return kept + second_output + backward_bytes(shape, stage, checkpointing)
+    kept = in_flight * stage_bytes_kept(shape, stage, recompute)
+    return kept + second_output + backward_bytes(shape, stage, recompute)
 
 
-def stage_memory(shape: Shape, stage: int, in_flight: int, checkpointing: bool) -> StageMemory:
+def stage_memory(shape: Shape, stage: int, in_flight: int, recompute: str) -> StageMemory:
     """
     Return the bytes of one GPU of a stage.
 
@@ -209,7 +233,8 @@ def stage_memory(shape: Shape, stage: int, in_flight: int, checkpointing: bool) 
         shape: Sizes of the run.
         stage: Number of the stage, from 0.
         in_flight: Micro-batches that the stage keeps at once.
-        checkpointing: Whether layers are computed again in the backward pass instead of being kept.
+        recompute: What layers compute again in the backward pass instead of keeping it, one of `RECOMPUTE`: all, what
+            lies between their linears, or nothing.
     """
     size, dp_size = shape.size, shape.parallel.dp_size
     parameters = stage_parameters(shape, stage)
@@ -217,7 +242,7 @@ def stage_memory(shape: Shape, stage: int, in_flight: int, checkpointing: bool) 
     largest = max(numbers for _, numbers in parameters)
     total, partition = sum(map(sum, groups)), sum(partition_size(group, dp_size) for group in groups)
     weights, gradients = partition * dp_size * size, total * 4
-    activations = activation_bytes(shape, stage, in_flight, checkpointing)
+    activations = activation_bytes(shape, stage, in_flight, recompute)
 
     received = shape.state_bytes * ((stage > 0) + (stage < shape.parallel.pp_size - 1))
     is_16_bit, adds = size == 2, shape.num_micro_batches > 1

@@ -78,7 +78,7 @@ class OffloadPlan:
             "optimizer": {state: share * (12 + 4 * is_offloaded)},
             "gathered": {"GPU": (live + largest) * size},
             "buckets": buckets,
-            "activations": {"GPU": activation_bytes(request.shape, 0, 1, request.checkpointing)},
+            "activations": {"GPU": activation_bytes(request.shape, 0, 1, request.recompute)},
         }
 
     def total(self, place: str) -> int:

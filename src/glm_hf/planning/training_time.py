@@ -5,11 +5,16 @@ ranks, `d` replicas, `m` micro-batches, `N` predicted tokens of one, `e` bytes o
 dtype, `P` elements of the parameters that a rank holds.
 
 operations  Of a layer forward, over its ranks: `T * (2 * (4D^2 + 3DF) + 4DL)`, twice that backward, and forward once
-            more with checkpointing. Of the LM head: `2NVD` forward, twice that backward.
+            more with full recomputation, `T * 4DL` with the selective one. Of the LM head: `2NVD` forward, twice that
+            backward.
 sent        By one GPU in a step, where an all-reduce over `k` ranks sends `2 (k-1)/k` times its size:
             tensor    `m * T * D * e` all-reduced twice per layer in each pass, the repeated one included; once by the
-                      embedding forward; `N * D * e` and `12 * N` by the LM head
-            pipeline  `T * D * e` and, forward, three ids of 8 bytes per token, to each neighbour
+                      embedding forward; `N * D * e` and `12 * N` by the LM head. With sequence parallelism as much:
+                      reduce-scatter and all-gather are the halves of an all-reduce, of which the embedding has one in
+                      each pass, and so has the final norm. Besides, each column-parallel linear gathers its input
+                      again backward, half of an all-reduce, while it computes.
+            pipeline  `T * D * e`, with sequence parallelism `T/n * D * e`, and, forward, three ids of 8 bytes per
+                      token, to each neighbour
             data      `P * e` all-reduced, though a rank needs a part only (DeepSpeed's default in ZeRO-1); then
                       `(d-1)/d * P * e`, the weights
             tied      `V/n * D * e` between the first stage and the last
@@ -24,7 +29,7 @@ from dataclasses import dataclass, fields
 
 from glm_hf.planning.table import GIB
 from glm_hf.planning.training_memory import Shape, stage_parameters
-from glm_hf.training.measurements import PEAK_TFLOPS, layer_flops_per_token
+from glm_hf.training.measurements import PEAK_TFLOPS, attention_flops_per_token, layer_flops_per_token
 
 # Assumed, not measured here. With these, the run of the paper comes out 3% faster than it was. Kernels fused by hand,
 # as Megatron-LM's, reach more than half of the peak; small models and narrow parts of layers less.
@@ -136,28 +141,47 @@ def reduced_bytes(num_bytes: float, ranks: int) -> float:
     return 2 * (ranks - 1) * num_bytes / ranks
 
 
-def tensor_bytes(shape: Shape, stage: int, checkpointing: bool) -> tuple[float, float]:
-    """Return what a GPU sends within its layers for a micro-batch, in the forward and in the backward pass."""
-    config, ranks = shape.config, shape.parallel.tp_size
-    layers = len(shape.parallel.stage_layers(config.num_hidden_layers)[stage])
-    once = 2 * layers * shape.state_bytes
-    forward, backward = once, once * (2 if checkpointing else 1)
+def recomputed_operations(shape: Shape, recompute: str) -> int:
+    """Return the operations that a layer repeats in its backward pass on a micro-batch, over its ranks."""
+    if recompute == "selective":
+        return shape.tokens * attention_flops_per_token(shape.config, shape.sequence)
+    return layer_operations(shape) * (recompute == "full")
+
+
+def tensor_bytes(shape: Shape, stage: int, recompute: str) -> tuple[float, float]:
+    """Return what a GPU waits to send within its layers for a micro-batch, in the forward and in the backward pass."""
+    config, parallel, whole = shape.config, shape.parallel, shape.whole_state_bytes
+    once = 2 * num_layers_of(shape, stage) * whole
+    forward, backward = once, once * (2 if recompute == "full" else 1)
+    is_sliced = parallel.sequence_multiple > 1
     if stage == 0:
-        forward += shape.state_bytes
-    if stage == shape.parallel.pp_size - 1:
-        forward += 3 * 4 * shape.num_targets
+        forward += whole / 2 if is_sliced else whole
+        backward += whole / 2 if is_sliced else 0
+    if stage == parallel.pp_size - 1:
+        forward += 3 * 4 * shape.num_targets + (whole / 2 if is_sliced else 0)
         backward += shape.num_targets * config.hidden_size * shape.size
-    return reduced_bytes(forward, ranks), reduced_bytes(backward, ranks)
+    return reduced_bytes(forward, parallel.tp_size), reduced_bytes(backward, parallel.tp_size)
 
 
-def sent_bytes(shape: Shape, stage: int, checkpointing: bool) -> dict[str, float]:
+def gathered_again_bytes(shape: Shape, stage: int) -> float:
+    """Return what a GPU sends within its layers for a micro-batch while it computes, in the backward pass."""
+    is_sliced = shape.parallel.sequence_multiple > 1
+    return is_sliced * num_layers_of(shape, stage) * reduced_bytes(shape.whole_state_bytes, shape.parallel.tp_size)
+
+
+def num_layers_of(shape: Shape, stage: int) -> int:
+    """Return the number of layers of a stage."""
+    return len(shape.parallel.stage_layers(shape.config.num_hidden_layers)[stage])
+
+
+def sent_bytes(shape: Shape, stage: int, recompute: str) -> dict[str, float]:
     """Return what a GPU of a stage sends in a step, by kind (module docstring)."""
     config, parallel, count = shape.config, shape.parallel, shape.num_micro_batches
     first, last = stage == 0, stage == parallel.pp_size - 1
     parameters = sum(numbers for _, numbers in stage_parameters(shape, stage))
     is_tied = config.tie_word_embeddings and parallel.pp_size > 1 and (first or last)
     return {
-        "tensor": count * sum(tensor_bytes(shape, stage, checkpointing)),
+        "tensor": count * (sum(tensor_bytes(shape, stage, recompute)) + gathered_again_bytes(shape, stage)),
         "pipeline": count * ((not last) * forward_message(shape) + (not first) * shape.state_bytes),
         "data": reduced_bytes(parameters * (4 + shape.size / 2), parallel.dp_size),
         "tied": is_tied * config.vocab_size // parallel.tp_size * config.hidden_size * 4,
@@ -169,15 +193,15 @@ def forward_message(shape: Shape) -> int:
     return shape.state_bytes + 3 * 8 * shape.tokens
 
 
-def stage_seconds(shape: Shape, stage: int, checkpointing: bool, machine: Machine) -> tuple[float, float]:
+def stage_seconds(shape: Shape, stage: int, recompute: str, machine: Machine) -> tuple[float, float]:
     """Return how long the forward and the backward pass of a micro-batch take on a stage."""
-    layers = len(shape.parallel.stage_layers(shape.config.num_hidden_layers)[stage])
+    layers = num_layers_of(shape, stage)
     forward = layers * layer_operations(shape)
-    backward = forward * (3 if checkpointing else 2)
+    backward = 2 * forward + layers * recomputed_operations(shape, recompute)
     if stage == shape.parallel.pp_size - 1:
         forward += head_operations(shape)
         backward += 2 * head_operations(shape)
-    sent = tensor_bytes(shape, stage, checkpointing)
+    sent = tensor_bytes(shape, stage, recompute)
     return tuple(  # type: ignore[return-value]
         machine.compute_seconds(operations, shape) + machine.send_seconds(num_bytes, "tensor", shape)
         for operations, num_bytes in zip((forward, backward), sent, strict=True)

@@ -26,17 +26,21 @@ class ParallelDegrees:
         dp_size: Number of replicas of the model, each with samples of its own.
         partition: Layers of every stage, by default balanced: the embedding in front of the first stage and the head
             behind the last count as a layer each.
+        sequence_parallel: Whether norms, dropout and residuals have `1 / tp_size` of a row's tokens on every rank
+            instead of all, which takes less memory and sends as much.
 
     Raises:
         ValueError: If a degree is not positive, or `partition` does not have as many values as there are stages.
 
-    Source: GLM-130B (arXiv 2210.02414), section 3 and appendix B.3: tensor 4, pipeline 8, 70 = 9 * 8 - 2 layers.
+    Source: GLM-130B (arXiv 2210.02414), section 3 and appendix B.3: tensor 4, pipeline 8, 70 = 9 * 8 - 2 layers;
+        sequence parallelism: Korthikanti et al. (arXiv 2205.05198).
     """
 
     tp_size: int = 1
     pp_size: int = 1
     dp_size: int = 1
     partition: tuple[int, ...] | None = None
+    sequence_parallel: bool = False
 
     def __post_init__(self) -> None:
         """Check the degrees."""
@@ -49,6 +53,8 @@ class ParallelDegrees:
                 raise ValueError(f"partition must give every stage at least 1 layer, got {self.partition}")
             if len(self.partition) != self.pp_size:
                 raise ValueError(f"partition must have a value per stage ({self.pp_size}), got {len(self.partition)}")
+        if not isinstance(self.sequence_parallel, bool):
+            raise ValueError(f"sequence_parallel must be true or false, got {self.sequence_parallel!r}")
 
     @classmethod
     def of(cls, given: "ParallelDegrees | Mapping[str, Any]") -> "ParallelDegrees":
@@ -73,6 +79,11 @@ class ParallelDegrees:
     def world_size(self) -> int:
         """Number of processes."""
         return self.tp_size * self.pp_size * self.dp_size
+
+    @property
+    def sequence_multiple(self) -> int:
+        """Divisor of the length of rows."""
+        return self.tp_size if self.sequence_parallel else 1
 
     def describe(self) -> str:
         """Return the degrees in words."""

@@ -24,13 +24,15 @@ def test_json_holds_what_was_asked_for(run):
         *PAPER, "--json", "--precision", "bf16", "--target-share", 0.5, "--schedule", "naive", "--partition",
         "9,9,9,9,9,9,8,8", "--micro-batch", 2, "--sequence", 1024, "--tflops", 400, "--gpu-memory", "80GiB",
         "--node-bandwidth", 100, "--link-bandwidth", 10, "--gpus-per-node", 4, "--compute-efficiency", 0.4,
-        "--link-efficiency", 0.6, "--reserve", "1GiB",
+        "--link-efficiency", 0.6, "--reserve", "1GiB", "--sequence-parallel", "--recompute", "selective",
     )  # fmt: skip
     found = json.loads(out)
     assert code == 0
-    assert found["parallel"] == {"tp_size": 4, "pp_size": 8, "dp_size": 24, "partition": [9, 9, 9, 9, 9, 9, 8, 8]}
-    names = ("micro_batch", "global_batch", "sequence", "precision", "checkpointing", "target_share", "schedule")
-    assert [found[name] for name in names] == [2, 4224, 1024, "bf16", True, 0.5, "naive"]
+    degrees = {"tp_size": 4, "pp_size": 8, "dp_size": 24, "partition": [9, 9, 9, 9, 9, 9, 8, 8]}
+    assert found["parallel"] == {**degrees, "sequence_parallel": True}
+    names = ("micro_batch", "global_batch", "sequence", "precision", "recompute", "target_share", "schedule")
+    assert [found[name] for name in names] == [2, 4224, 1024, "bf16", "selective", 0.5, "naive"]
+    assert found["checkpointing"] is True
     assert found["machine"] == {
         "gpu": {
             "name": "A100-40GB (changed)", "tflops": 400, "tflops_fp32": 400, "memory": 80 * 2**30,
@@ -47,7 +49,7 @@ def test_what_does_not_fit_exits_with_one(run):
     assert code == 1
     assert out.startswith("128.7 billion parameters")
     assert err.startswith("glm-hf: error: does not fit: needs ")
-    assert "fits with checkpointing" in err
+    assert "fits with --recompute full" in err
     assert len(err.splitlines()) == 1
     assert run(*PAPER, "--no-checkpointing", "--gpu", "A100-80GB")[0] == 0
 
@@ -116,6 +118,7 @@ def test_wrong_options_are_one_line(run, arguments, message):
         ["plan", "--train"],
         ["plan", "--preset", "130b", "--train", "--devices", "24GiB"],
         [*PAPER, "--precision", "int8"],
+        [*PAPER, "--recompute", "none", "--no-checkpointing"],
         [*PAPER, "--partition", "9,x"],
         ["export-3d", "checkpoint"],
     ],

@@ -42,7 +42,7 @@ def test_operations_are_counted_by_hand():
     assert paper.model_operations == (6 * 128_697_794_560 + 12 * 70 * 12288 * 2048) * tokens
     again = 70 * (2 * (4 * 12288**2 + 3 * 12288 * 32768) + 4 * 12288 * 2048) * tokens
     assert paper.hardware_operations == paper.model_operations + again
-    assert plan(checkpointing=False).hardware_operations == paper.model_operations
+    assert plan(recompute="none").hardware_operations == paper.model_operations
 
 
 def test_the_run_of_the_paper_is_near_what_it_was():
@@ -81,7 +81,7 @@ def test_what_the_paper_rejected_is_slower(changed):
 
 @pytest.mark.parametrize(
     "changed",
-    [plan(checkpointing=False), plan(schedule="gpipe"), plan(ParallelDegrees(1, 8, 96))],
+    [plan(recompute="none"), plan(schedule="gpipe"), plan(ParallelDegrees(1, 8, 96))],
     ids=["no checkpointing", "gpipe", "tensor 1"],
 )
 def test_what_the_paper_rejected_does_not_fit(changed):
@@ -92,7 +92,7 @@ def test_what_the_paper_rejected_does_not_fit(changed):
 def test_72_layers_make_the_ends_the_slowest_and_fullest():
     config = GLMConfig(num_hidden_layers=72)
     even, paper = plan(ParallelDegrees(4, 8, 24, partition=(9,) * 8), config=config), plan()
-    seconds = [sum(stage_seconds(even.request.shape, stage, True, A100)) for stage in range(8)]
+    seconds = [sum(stage_seconds(even.request.shape, stage, "full", A100)) for stage in range(8)]
     assert seconds.index(max(seconds)) == 7
     assert max(seconds[:7]) == pytest.approx(min(seconds[:7]), rel=0.01)
     assert even.run.bubble > paper.run.bubble
@@ -102,7 +102,7 @@ def test_72_layers_make_the_ends_the_slowest_and_fullest():
 
 def test_messages_of_the_paper_are_counted_by_hand():
     shape = plan().request.shape
-    first, middle, last = (sent_bytes(shape, stage, checkpointing=True) for stage in (0, 3, 7))
+    first, middle, last = (sent_bytes(shape, stage, recompute="full") for stage in (0, 3, 7))
     ring = 2 * 3 / 4
     assert middle["tensor"] == 176 * ring * 9 * 6 * STATES
     assert first["tensor"] == 176 * ring * (8 * 6 + 1) * STATES
@@ -117,8 +117,42 @@ def test_messages_of_the_paper_are_counted_by_hand():
 
 def test_layers_kept_whole_send_a_third_less():
     shape = plan().request.shape
-    assert tensor_bytes(shape, 3, checkpointing=True) == (1.5 * 18 * STATES, 1.5 * 36 * STATES)
-    assert tensor_bytes(shape, 3, checkpointing=False) == (1.5 * 18 * STATES, 1.5 * 18 * STATES)
+    assert tensor_bytes(shape, 3, recompute="full") == (1.5 * 18 * STATES, 1.5 * 36 * STATES)
+    assert tensor_bytes(shape, 3, recompute="none") == (1.5 * 18 * STATES, 1.5 * 18 * STATES)
+
+
+SLICED = ParallelDegrees(4, 8, 24, sequence_parallel=True)
+
+
+def test_slices_send_what_whole_states_do_and_inputs_again_backward():
+    """In elements of hidden states: an all-gather or a reduce-scatter over 4 ranks sends 3/4 of them."""
+    whole, sliced = plan(recompute="none").request.shape, plan(SLICED, recompute="none").request.shape
+    one = 3 / 4 * STATES
+    for stage, more in ((0, 0), (3, 0), (7, one)):  # the final norm's, which predicted tokens are taken from
+        parts = [sum(tensor_bytes(shape, stage, "none")) for shape in (sliced, whole)]
+        assert parts[0] - parts[1] == more
+    sent = [sent_bytes(shape, 3, "none") for shape in (sliced, whole)]
+    assert sent[0]["tensor"] - sent[1]["tensor"] == 176 * 9 * 2 * one
+    assert sent[0]["pipeline"] == 176 * (2 * STATES / 4 + 24 * 2048)
+    assert sent[0]["data"] == sent[1]["data"]
+
+
+def test_selective_recomputation_repeats_attention():
+    selective, kept = plan(recompute="selective"), plan(recompute="none")
+    again = 70 * 4 * 12288 * 2048 * 4224 * 2048
+    assert selective.hardware_operations == kept.model_operations + again
+    assert selective.mfu < plan(recompute="none").mfu
+    assert selective.mfu > plan().mfu
+    machine = Machine(Gpu("slow", 1, 1, GIB, 1, 1), 0.5, 1.0)
+    seconds = [stage_seconds(one.request.shape, 3, one.request.recompute, machine)[1] for one in (selective, kept)]
+    assert seconds[0] - seconds[1] == pytest.approx(9 * 2048 * 4 * 12288 * 2048 / 4 / 0.5e12)
+
+
+def test_slices_and_selective_recomputation_make_the_run_of_the_paper_fit():
+    assert [plan(parallel, recompute="selective").fits for parallel in (None, SLICED)] == [False, True]
+    sliced = plan(SLICED, recompute="selective")
+    assert sliced.step_seconds < 0.85 * plan().step_seconds
+    assert ", sequence parallel, activations recomputed selectively\n" in sliced.title()
 
 
 def test_a_step_is_the_pipeline_and_what_follows():
@@ -150,11 +184,11 @@ def test_passes_take_operations_and_messages_by_hand():
     """A hypothetical GPU of 1 TFLOP/s, half of which is reached, and links of 1 GB/s, fully used."""
     machine = Machine(Gpu("slow", 1, 1, GIB, 1, 1), 0.5, 1.0)
     operations = 2048 * (2 * (4 * 12288**2 + 3 * 12288 * 32768) + 4 * 12288 * 2048)
-    forward, backward = stage_seconds(plan().request.shape, 3, True, machine)
+    forward, backward = stage_seconds(plan().request.shape, 3, "full", machine)
     assert forward == pytest.approx(9 * operations / 4 / 0.5e12 + 1.5 * 18 * STATES / 1e9)
     assert backward == pytest.approx(3 * 9 * operations / 4 / 0.5e12 + 1.5 * 36 * STATES / 1e9)
     head = 2 * 2048 * 150528 * 12288
-    last = stage_seconds(plan().request.shape, 7, True, machine)[0]
+    last = stage_seconds(plan().request.shape, 7, "full", machine)[0]
     assert last == pytest.approx((8 * operations + head) / 4 / 0.5e12 + 1.5 * (16 * STATES + 12 * 2048) / 1e9)
 
 
@@ -175,15 +209,16 @@ def test_links_are_chosen_by_where_ranks_stand(parallel, inside):
 
 
 def test_advice_names_changes_that_fit():
-    kept = plan(checkpointing=False)
+    kept = plan(recompute="none")
     missing = -min(kept.free) / GIB
     assert 13 < missing < 14
     rounded_up = f"{missing + 0.005:.2f}"
     assert kept.advice() == (
-        f"needs {rounded_up} GiB more on each GPU of stage 0; fits with checkpointing, or with --tensor 8 --data 12"
+        f"needs {rounded_up} GiB more on each GPU of stage 0; fits with --recompute full, or with --sequence-parallel "
+        "--recompute selective, or with --tensor 8 --data 12"
     )
-    assert plan(ParallelDegrees(8, 4, 12), checkpointing=False, global_batch=4224).fits is False
-    assert plan(ParallelDegrees(8, 8, 12), checkpointing=False).fits
+    assert plan(ParallelDegrees(8, 4, 12), recompute="none", global_batch=4224).fits is False
+    assert plan(ParallelDegrees(8, 8, 12), recompute="none").fits
     small = replace(A100, gpu=replace(A100.gpu, memory=GIB))
     assert plan(machine=small).advice().endswith("none of the usual changes makes it fit")
 
@@ -231,6 +266,7 @@ def test_json_adds_up():
         ({"precision": "int8"}, "precision must be one of fp16, bf16, fp32, got 'int8'"),
         ({"target_share": 0}, "target_share must be more than 0 and at most 1, got 0"),
         ({"schedule": "zero"}, "schedule must be one of"),
+        ({"recompute": "some"}, "recompute must be one of full, selective, none, got 'some'"),
         ({"parallel": ParallelDegrees(7, 8, 24)}, r"tp_size must divide num_attention_heads \(96\), got 7"),
         ({"parallel": ParallelDegrees(4, 8, 24, partition=(9,) * 8)}, "partition must hold the 70 layers"),
     ],

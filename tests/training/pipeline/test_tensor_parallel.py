@@ -9,7 +9,8 @@ from torch import nn
 from glm_hf import GLMConfig
 from glm_hf.modeling_glm import GLMLayer
 from glm_hf.sharding.rules import shard_rule
-from glm_hf.training.pipeline.tensor_parallel import TensorGroup, VocabParallelEmbedding, mark_sharded, shard_layer
+from glm_hf.training.pipeline.collectives import TensorGroup
+from glm_hf.training.pipeline.tensor_parallel import VocabParallelEmbedding, mark_sharded, shard_layer
 
 SPECIAL = {"pad_token_id": 0, "eos_token_id": 1, "mask_token_id": 2, "gmask_token_id": 3, "smask_token_id": 4}
 CONFIG = GLMConfig(
