@@ -55,7 +55,8 @@ def without_speed(metrics: dict) -> dict:
     return {name: value for name, value in metrics.items() if not any(part in name for part in unlike)}
 
 
-def test_eight_processes_predict_as_one_does(deep_folder, tmp_path):
+@pytest.mark.parametrize("degrees", [ALL, {"tp_size": 2, "pp_size": 2, "dp_size": 1, "sequence_parallel": True}])
+def test_processes_predict_as_one_does(deep_folder, tmp_path, degrees):
     def evaluate(trainer):
         trainer.add_callback(Counter)
         metrics, predicted = trainer.evaluate(Texts(SAMPLES)), trainer.predict(Texts(SAMPLES))
@@ -66,7 +67,7 @@ def test_eight_processes_predict_as_one_does(deep_folder, tmp_path):
     objects = {"compute_metrics": share_right}
     expected, whole, logged, _ = in_one_process(deep_folder, tmp_path, evaluate, objects)
     is_target = whole.label_ids != -100
-    for metrics, predicted, own_log, steps in in_a_pipeline(deep_folder, tmp_path, ALL, evaluate, objects):
+    for metrics, predicted, own_log, steps in in_a_pipeline(deep_folder, tmp_path, degrees, evaluate, objects):
         assert without_speed(metrics) == pytest.approx(without_speed(expected), abs=1e-5)
         assert without_speed(predicted.metrics) == pytest.approx(without_speed(whole.metrics), abs=1e-5)
         assert without_speed(own_log[0]) == pytest.approx(without_speed(logged[0]), abs=1e-5)

@@ -121,6 +121,14 @@ def test_eight_processes_train_an_adapter_as_peft_does_in_one(alone, spread, ada
     assert min(entry["grad_norm"] for entry in steps(history)) > CLIPPED["max_grad_norm"]
 
 
+def test_ranks_that_have_slices_of_the_tokens_train_the_same_adapter(deep_folder, adapter, alone, tmp_path):
+    whole, expected = alone
+    degrees = {"tp_size": 2, "pp_size": 2, "dp_size": 1, "sequence_parallel": True}
+    history = train_in_a_pipeline(deep_folder, adapter, tmp_path / "run", degrees, **SAVING)
+    compare(history[:-1], expected[:-1])
+    assert largest_difference(tmp_path / "run" / "adapter", whole / "adapter") <= EXACT
+
+
 def logits_of(model: Path, adapter: Path | None) -> torch.Tensor:
     base = GLMForBlankInfilling.from_pretrained(model, dtype="float32")
     whole = base if adapter is None else peft.PeftModel.from_pretrained(base, adapter)
