@@ -22,7 +22,7 @@ DTYPES = ("float16", "bfloat16", "float32", "float64")
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+", re.ASCII)
 GRAPH_FILE = "model.onnx"
 """What an exported folder has in the place of safetensors files."""
-MODEL_FILES = ("*.json", "*.jinja", "*.safetensors")
+MODEL_FILES = ("*.json", "*.jinja", "*.safetensors", GRAPH_FILE, f"{GRAPH_FILE}.data")
 """What is downloaded of a model: no file that could be run."""
 MOST_BYTES = 256 * 2**20
 """Largest JSON or YAML file that is read; the index of GLM-130B has 0.1 MB, its tokenizer 10 MB."""

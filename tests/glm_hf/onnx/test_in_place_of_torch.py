@@ -5,10 +5,14 @@ import json
 import pickle
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.resources import files
 
+import httpx
 import pytest
 import torch
+from running_server import serving
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from glm_hf.conversion.loading import load
@@ -128,6 +132,20 @@ def test_a_graph_with_few_positions_is_verified(tmp_path, torch_model):
     model.save_pretrained(tmp_path / "model")
     export_onnx(tmp_path / "model", tmp_path / "graph")
     assert len(verify_onnx(tmp_path / "model", tmp_path / "graph")) == 5
+
+
+def test_a_server_gives_the_answers_of_torch(world_facts, torch_model):
+    texts = ["The capital of France is [MASK].", "Water is [gMASK]", "法国的首都是[MASK]。"]
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+    answers = []
+    for model in (world_facts, torch_model):
+        with serving(model, tokenizer) as server, ThreadPoolExecutor() as pool:
+            bodies = ({"model": "glm", "prompt": text, "temperature": 0, "max_tokens": 8} for text in texts)
+            post = partial(httpx.post, f"{server.url}/v1/completions", timeout=60)
+            replies = pool.map(lambda body, post=post: post(json=body).json(), bodies)
+            answers.append([reply["choices"][0]["text"] for reply in replies])
+    assert answers[0] == answers[1]
+    assert answers[0][0] == "Paris"
 
 
 def test_commands_take_the_folder(world_facts):
