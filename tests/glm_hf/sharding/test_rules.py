@@ -152,3 +152,15 @@ def test_a_change_of_the_plan_reaches_the_rules(monkeypatch):
     spec.loader.exec_module(changed)
     assert changed.shard_rule("model.layers.3.attention.dense.bias") == changed.COLUMN
     assert changed.ROW_PARALLEL == ("mlp.dense_4h_to_h",)
+
+
+@pytest.mark.parametrize("linear", rules.PLAN)
+def test_shards_of_an_update_multiply_to_the_shard_of_the_weight(linear):
+    """Of `B A`, which LoRA adds to a weight."""
+    name, tp_size = f"model.layers.3.{linear}", 2
+    lora_a, lora_b = torch.randn(3, 8, dtype=torch.float64), torch.randn(12, 3, dtype=torch.float64)
+    of_a, of_b = (
+        shard_rule(f"{name}.lora_{part}.weight").split(w, tp_size) for part, w in (("A", lora_a), ("B", lora_b))
+    )
+    for shard, a, b in zip(shard_rule(f"{name}.weight").split(lora_b @ lora_a, tp_size), of_a, of_b, strict=True):
+        torch.testing.assert_close(b @ a, shard)
