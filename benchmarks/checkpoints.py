@@ -7,7 +7,8 @@ on the disk at the end of a save, and in the page cache when it is loaded. `hash
 do.
 
 Steps: of the same model with `async_save`, in turns with nothing to write, and with the checkpoint of the step before
-being written. `copy` is what a step waits for then, `saving` what it would wait for without. Run: make bench-checkpoints
+being written. `copy` is what a step waits for then, `saving` what it would wait for without.
+Run: make bench-checkpoints
 """
 
 import argparse
