@@ -248,7 +248,8 @@ def test_twenty_kills_while_saving_lose_nothing(model_folder, tmp_path, waiting)
     assert len(set(kept)) > 1  # some kills came after a checkpoint
     assert wait(start(resume, result), result)[0] == waiting[0]
     found, expected = (checksums_of(run / f"checkpoint-{STEPS}") for run in (folder, waiting[1]))
-    assert found == expected
+    for name in ("model.safetensors", "optimizer.pt", "scheduler.pt"):
+        assert found[name] == expected[name]
 
 
 @pytest.mark.parametrize(
