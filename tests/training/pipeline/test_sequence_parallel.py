@@ -184,7 +184,7 @@ def test_slices_that_would_not_be_equal_are_refused(deep_folder, tmp_path):
 
 
 def test_sixteen_bits_stay_close(deep_folder, tmp_path, alone):
-    history = train_3d(deep_folder, tmp_path / "run", ALL, bf16=True, **RUN)
+    history = train_3d(deep_folder, tmp_path / "run", ALL | {"dp_size": 1}, bf16=True, **RUN)
     for name in ("loss", "grad_norm"):
         expected = [entry[name] for entry in steps(alone[0])]
         assert [entry[name] for entry in steps(history)] == pytest.approx(expected, abs=1e-2)
@@ -193,7 +193,7 @@ def test_sixteen_bits_stay_close(deep_folder, tmp_path, alone):
 @pytest.mark.parametrize("is_sliced", [False, True])
 def test_what_is_recomputed_changes_nothing(deep_folder, tmp_path, is_sliced):
     """With dropout, which must be drawn again as it was."""
-    degrees = {"tp_size": 2, "pp_size": 2, "dp_size": 1, "sequence_parallel": is_sliced}
+    degrees = {"tp_size": 2, "sequence_parallel": is_sliced}
     options = {"dropout": 0.2, "max_steps": 2, "peak_tflops": 1.0}
     kept = train_3d(deep_folder, tmp_path / "none", degrees, **options)
     config, row_length = GLMConfig.from_pretrained(deep_folder), RECIPE.row_length
@@ -279,7 +279,7 @@ def peak_of(work) -> int:
 def test_activations_of_a_rank_are_those_of_the_plan(deep_folder, tmp_path, recompute, is_sliced):
     """Within 10%, forward and backward, of the whole model on two ranks, whose gradients are there already."""
     config = GLMConfig.from_pretrained(
-        deep_folder, hidden_size=128, intermediate_size=344, num_attention_heads=4, num_hidden_layers=6
+        deep_folder, hidden_size=128, intermediate_size=344, num_attention_heads=4, num_hidden_layers=4
     )
     parallel = ParallelDegrees(2, sequence_parallel=is_sliced)
     shape = Shape(config, parallel, 4, 2, 256, "fp32")
