@@ -227,11 +227,11 @@ class TrainingPlan:
         """Return in two lines what is planned."""
         request = self.request
         kept = {"full": "recomputed", "selective": "recomputed selectively", "none": "kept"}[request.recompute]
-        slices = "sequence parallel, " * request.parallel.sequence_parallel
         return (
             f"{num_model_parameters(request.config) / 1e9:.1f} billion parameters in {request.precision}, "
             f"{request.parallel.describe()} = {request.parallel.world_size} {request.machine.gpu.name}, "
-            f"{slices}activations {kept}\n{request.global_batch} x {request.sequence} tokens per step in "
+            f"{'sequence parallel, ' * request.parallel.sequence_parallel}activations {kept}\n"
+            f"{request.global_batch} x {request.sequence} tokens per step in "
             f"{request.shape.num_micro_batches} micro-batches of {request.micro_batch}, {request.schedule}; "
             f"GiB on each GPU of a stage of {gib(request.machine.gpu.memory)}"
         )

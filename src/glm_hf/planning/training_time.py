@@ -153,12 +153,12 @@ def tensor_bytes(shape: Shape, stage: int, recompute: str) -> tuple[float, float
     config, parallel, whole = shape.config, shape.parallel, shape.whole_state_bytes
     once = 2 * num_layers_of(shape, stage) * whole
     forward, backward = once, once * (2 if recompute == "full" else 1)
-    is_sliced = parallel.sequence_multiple > 1
+    half = whole // 2 if parallel.sequence_multiple > 1 else 0
     if stage == 0:
-        forward += whole / 2 if is_sliced else whole
-        backward += whole / 2 if is_sliced else 0
+        forward += whole - half
+        backward += half
     if stage == parallel.pp_size - 1:
-        forward += 3 * 4 * shape.num_targets + (whole / 2 if is_sliced else 0)
+        forward += 3 * 4 * shape.num_targets + half
         backward += shape.num_targets * config.hidden_size * shape.size
     return reduced_bytes(forward, parallel.tp_size), reduced_bytes(backward, parallel.tp_size)
 
