@@ -76,7 +76,7 @@ def write_token_file(
     Raises:
         OSError: If the disk is full; nothing is left behind then.
     """
-    dtype = np.dtype(DTYPES[0] if vocab_size <= SMALL_VOCABULARY else DTYPES[1])
+    dtype = dtype_for(vocab_size)
     lengths = []
     with AtomicFolder(folder.absolute(), replaces=True).writing() as staged:
         with (staged / TOKENS_FILE).open("wb") as file:
@@ -85,13 +85,40 @@ def write_token_file(
                 file.write(np.fromiter((i for part in batch for i in part), dtype, int(lengths[-1].sum())).tobytes())
         boundaries = np.concatenate(([0], *lengths)).cumsum(dtype=np.int64)
         np.save(staged / BOUNDARIES_FILE, boundaries)
-        counts = {"format": FORMAT, "dtype": dtype.str, "num_tokens": int(boundaries[-1]), "vocab_size": vocab_size}
         hashes = {
-            name: [digest for _, _, digest in _hashed(staged / name, BLOCK_BYTES)]
+            name: [digest for _, _, digest in hashed_blocks(staged / name, BLOCK_BYTES)]
             for name in (TOKENS_FILE, BOUNDARIES_FILE)
         }
-        text = json.dumps(facts | counts | {"block_bytes": BLOCK_BYTES, "xxh3_64": hashes}, ensure_ascii=False)
-        (staged / FACTS_FILE).write_text(text + "\n", encoding="utf-8")
+        write_facts(staged, facts, dtype, int(boundaries[-1]), vocab_size, hashes)
+
+
+def dtype_for(vocab_size: int) -> np.dtype:
+    """Return the dtype that holds the ids of a vocabulary."""
+    return np.dtype(DTYPES[0] if vocab_size <= SMALL_VOCABULARY else DTYPES[1])
+
+
+def write_facts(
+    folder: Path,
+    facts: dict[str, Any],
+    dtype: np.dtype,
+    num_tokens: int,
+    vocab_size: int,
+    hashes: dict[str, list[str]],
+) -> None:
+    """
+    Write corpus.json beside the two files that it is about.
+
+    Args:
+        folder: Folder of the corpus.
+        facts: Kind of the corpus, and what the ids were made from.
+        dtype: Dtype of the ids.
+        num_tokens: Number of the ids.
+        vocab_size: Size of the vocabulary.
+        hashes: Hash of every block of `BLOCK_BYTES` of the two files, by name.
+    """
+    counts = {"format": FORMAT, "dtype": dtype.str, "num_tokens": num_tokens, "vocab_size": vocab_size}
+    text = json.dumps(facts | counts | {"block_bytes": BLOCK_BYTES, "xxh3_64": hashes}, ensure_ascii=False)
+    (folder / FACTS_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def open_token_file(folder: Path) -> TokenFile:
@@ -132,7 +159,7 @@ def require_ids(corpus: TokenFile, vocab_size: int, forbidden: Iterable[int]) ->
     has_masks = corpus.facts["kind"] == "instructions"
     unwanted = np.array([] if has_masks else sorted(forbidden), corpus.tokens.dtype)
     step = BLOCK_BYTES // corpus.tokens.itemsize
-    for block in _chosen(-(-len(corpus.tokens) // step), BLOCKS_AT_OPENING):
+    for block in chosen_blocks(-(-len(corpus.tokens) // step), BLOCKS_AT_OPENING):
         ids = corpus.tokens[block * step : (block + 1) * step]
         if ids.max() >= vocab_size or ids.min() < 0:
             wrong = (ids >= vocab_size) | (ids < 0)
@@ -200,28 +227,28 @@ def _problems(corpus: TokenFile, most_blocks: int | None) -> Iterator[str]:
             if len(expected) != -(-path.stat().st_size // corpus.facts["block_bytes"]):
                 yield f"{path} has another size than was written"
                 continue
-            blocks = _chosen(len(expected), most_blocks)
+            blocks = chosen_blocks(len(expected), most_blocks)
             for block, (start, end, digest) in zip(
-                blocks, _hashed(path, corpus.facts["block_bytes"], blocks), strict=True
+                blocks, hashed_blocks(path, corpus.facts["block_bytes"], blocks), strict=True
             ):
                 if digest != expected[block]:
                     yield f"{path} is damaged: bytes {start:,} to {end:,} are not those that were written"
     step = BLOCK_BYTES // 8
-    for block in _chosen(-(-len(corpus.boundaries) // step), most_blocks):
+    for block in chosen_blocks(-(-len(corpus.boundaries) // step), most_blocks):
         starts = corpus.boundaries[block * step : (block + 1) * step + 1]
         if starts[0] < 0 or (np.diff(starts) < 0).any():
             yield f"{corpus.folder / BOUNDARIES_FILE} is damaged: its numbers do not rise"
             return
 
 
-def _chosen(count: int, most: int | None) -> list[int]:
+def chosen_blocks(count: int, most: int | None) -> list[int]:
     """Return `most` of `count` numbers spread evenly, the first and the last among them; all for None."""
     if most is None or count <= most:
         return list(range(count))
     return np.linspace(0, count - 1, most).astype(int).tolist()
 
 
-def _hashed(path: Path, block_bytes: int, blocks: Iterable[int] | None = None) -> Iterator[tuple[int, int, str]]:
+def hashed_blocks(path: Path, block_bytes: int, blocks: Iterable[int] | None = None) -> Iterator[tuple[int, int, str]]:
     """Yield (first byte, byte after the last, hash) of some blocks of a file, of all for None."""
     with path.open("rb") as file:
         blocks = range(-(-path.stat().st_size // block_bytes)) if blocks is None else blocks
