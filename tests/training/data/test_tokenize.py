@@ -173,7 +173,10 @@ def test_a_long_text_in_pieces_has_the_ids_of_the_whole(tokenizer, monkeypatch, 
     texts = encoder.TextEncoder(tokenizer.backend_tokenizer.to_str(), "<i4", True)
     pieces = list(texts.pieces(text))
     assert len(pieces) > 100
-    ids = [found[num_dropped:] for found, (_, num_dropped) in zip(texts.encode([p for p, _ in pieces]), pieces, strict=True)]
+    ids = [
+        found[num_dropped:]
+        for found, (_, num_dropped) in zip(texts.encode([p for p, _ in pieces]), pieces, strict=True)
+    ]
     assert [i for part in ids for i in part] == tokenizer.encode(text, split_special_tokens=True)
 
 

@@ -93,4 +93,6 @@ def cut_symbols(state: dict) -> str:
 
 def _overlaps(other: str, symbol: str) -> bool:
     """Tell whether `other` can be found in a text so that `symbol`, which is there too, is not."""
-    return other != symbol and (symbol in other or any(other.endswith(symbol[:length]) for length in range(1, len(symbol))))
+    return other != symbol and (
+        symbol in other or any(other.endswith(symbol[:length]) for length in range(1, len(symbol)))
+    )

@@ -3,68 +3,76 @@
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, cast
 
 from glm_hf.training.data.tokenizing.shards import Job, ShardMaker
 from glm_hf.training.data.tokenizing.sources import Task
 
+# A fork needs no second import of transformers, which the package imports wherever it is used as a library.
+CONTEXT: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
 
-def make_shards(job: Job, tasks: Iterable[tuple[int, Task]], num_proc: int) -> Iterator[tuple[int, dict[str, Any]]]:
+
+class ShardWorkers:
     """
-    Yield the number of every shard and what `ShardMaker.make` returns for it, as they become ready.
-
-    All processes have ended when the iterator is closed.
+    Worker processes for one job; all have ended when the context is left, and soon after this process was killed.
 
     Args:
         job: What the shards have in common.
-        tasks: Number and task of each shard.
         num_proc: Number of worker processes; a single one is this process itself.
-
-    Raises:
-        ValueError: If a source is not what it should be.
-        OSError: If a process was killed, such as for want of memory, or the disk is full.
     """
-    if num_proc == 1:
-        maker = ShardMaker(job)
-        yield from ((number, maker.make(number, task)) for number, task in tasks)
-        return
-    coming = iter(tasks)
-    with ExitStack() as stack:
-        busy: dict[Connection, int] = {}
-        for (number, task), _ in zip(coming, range(num_proc), strict=False):
-            connection = _start(job, stack)
+
+    def __init__(self, job: Job, num_proc: int) -> None:
+        self.job = job
+        self.processes: dict[Connection, BaseProcess] = {}
+        for _ in range(num_proc if num_proc > 1 else 0):
+            ours, theirs = CONTEXT.Pipe()
+            process = CONTEXT.Process(target=_work, args=(theirs, job), daemon=True)
+            process.start()
+            theirs.close()
+            self.processes[ours] = process
+
+    def __enter__(self) -> "ShardWorkers":
+        """Return the workers."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End all processes; what they have not finished is made anew by the next run."""
+        for connection, process in self.processes.items():
+            connection.close()
+            process.kill()
+            process.join()
+
+    def make(self, tasks: Iterable[tuple[int, Task]]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """
+        Yield the number of every shard and what `ShardMaker.make` returns for it, as they become ready.
+
+        Args:
+            tasks: Number and task of each shard.
+
+        Raises:
+            ValueError: If a source is not what it should be.
+            OSError: If a process was killed, such as for want of memory, or the disk is full.
+        """
+        if not self.processes:
+            maker = ShardMaker(self.job)
+            yield from ((number, maker.make(number, task)) for number, task in tasks)
+            return
+        coming, busy = iter(tasks), {}
+        for connection, (number, task) in zip(self.processes, coming, strict=False):
             connection.send((number, task))
             busy[connection] = number
         while busy:
-            for connection in wait(list(busy)):
-                assert isinstance(connection, Connection)
-                number = busy.pop(connection)
-                yield number, _receive(connection)
+            for ready in wait(list(busy)):
+                connection = cast(Connection, ready)
+                yield busy.pop(connection), _receive(connection)
                 if (more := next(coming, None)) is not None:
                     connection.send(more)
                     busy[connection] = more[0]
-
-
-def _start(job: Job, stack: ExitStack) -> Connection:
-    """Start a worker, which ends with `stack`; return the connection to it."""
-    context = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks of torch and tokenizers
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_work, args=(theirs, job), daemon=True)
-    process.start()
-    theirs.close()
-    stack.callback(_end, process, ours)
-    return ours
-
-
-def _end(process: BaseProcess, connection: Connection) -> None:
-    connection.close()
-    process.kill()  # what it has not finished is made anew
-    process.join()
 
 
 def _receive(connection: Connection) -> dict[str, Any]:

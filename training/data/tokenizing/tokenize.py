@@ -23,7 +23,7 @@ from glm_hf.training.data.corpora import fingerprint
 from glm_hf.training.data.token_file import dtype_for
 from glm_hf.training.data.tokenizing.growing_corpus import JOURNAL, SHARDS, GrowingCorpus
 from glm_hf.training.data.tokenizing.instructions import InstructionRule
-from glm_hf.training.data.tokenizing.processes import make_shards
+from glm_hf.training.data.tokenizing.processes import ShardWorkers
 from glm_hf.training.data.tokenizing.records import place_of, read_records
 from glm_hf.training.data.tokenizing.shards import Job
 from glm_hf.training.data.tokenizing.sources import Task, find_sources, plan_tasks
@@ -107,15 +107,16 @@ def tokenize_corpus(
     )
     if _is_finished(target):
         return
-    with target.locked():
+    backend, dtype = loaded.backend_tokenizer.to_str(), dtype_for(config.vocab_size).str
+    job = Job(str(target.work / SHARDS), backend, dtype, config.eos_token_id, fields, rule)
+    # The processes come first, as a lock that they inherit would outlive this one.
+    with ShardWorkers(job, min(num_proc or _num_cores(), len(tasks))) as workers, target.locked():
         if not _is_finished(target):  # another run may have come to its end meanwhile
             if not resume:
                 (target.home / JOURNAL).unlink(missing_ok=True)
             if not (target.home / JOURNAL).exists():
                 target.clear()
-            backend, dtype = loaded.backend_tokenizer.to_str(), dtype_for(config.vocab_size).str
-            job = Job(str(target.work / SHARDS), backend, dtype, config.eos_token_id, fields, rule)
-            _run(target, plan, job, num_proc or _num_cores())
+            _run(target, plan, workers)
         target.remove()
 
 
@@ -143,12 +144,12 @@ def _is_finished(target: AtomicFolder) -> bool:
     return False
 
 
-def _run(target: AtomicFolder, plan: _Plan, job: Job, num_proc: int) -> None:
+def _run(target: AtomicFolder, plan: _Plan, workers: ShardWorkers) -> None:
     """Make the shards that are missing, and rename the folder."""
-    corpus = GrowingCorpus(target.home, target.work, plan.options, plan.hashes, np.dtype(job.dtype))
+    corpus = GrowingCorpus(target.home, target.work, plan.options, plan.hashes, np.dtype(workers.job.dtype))
     try:
         with closing(corpus):
-            _make_missing(corpus, plan, job, num_proc)
+            _make_missing(corpus, plan, workers)
             if not corpus.num_tokens:
                 raise ValueError(f"{plan.facts['source']} is empty: no document of it holds any text")
             corpus.finish(plan.facts, plan.options["vocab_size"])
@@ -164,21 +165,17 @@ def _run(target: AtomicFolder, plan: _Plan, job: Job, num_proc: int) -> None:
         raise
 
 
-def _make_missing(corpus: GrowingCorpus, plan: _Plan, job: Job, num_proc: int) -> None:
+def _make_missing(corpus: GrowingCorpus, plan: _Plan, workers: ShardWorkers) -> None:
     missing = corpus.missing()
     sizes = [sum(piece.num_bytes for piece in task) for task in plan.tasks]
     if len(missing) < len(plan.tasks):
         logger.warning("%d of %d shards are finished already", len(plan.tasks) - len(missing), len(plan.tasks))
     corpus.append_waiting()
-    shards = make_shards(job, ((n, plan.tasks[n]) for n in missing), min(num_proc, len(missing)) or 1)
     start, num_tokens, initial = time.monotonic(), 0, sum(sizes) - sum(sizes[n] for n in missing)
-    with (
-        tqdm(
-            total=sum(sizes), initial=initial, desc="Tokenizing", unit="B", unit_scale=True, disable=None
-        ) as progress,
-        closing(shards),
-    ):
-        for number, made in shards:
+    with tqdm(
+        total=sum(sizes), initial=initial, desc="Tokenizing", unit="B", unit_scale=True, disable=None
+    ) as progress:
+        for number, made in workers.make((n, plan.tasks[n]) for n in missing):
             corpus.add(number, made)
             num_tokens += made["num_tokens"]
             progress.set_postfix_str(f"{num_tokens / (time.monotonic() - start):,.0f} tokens/s", refresh=False)
