@@ -15,7 +15,7 @@ OLDEST_TESTS := tests/glm_hf/test_golden_*.py tests/glm_hf/test_*_glm.py tests/g
         tests/glm_hf/decoding tests/quantization tests/test_main_road.py
 
 .PHONY: install demo test test-oldest quality clean fuzz kill \
-        bench bench-startup bench-checkpoints bench-conversion bench-int4 bench-bias bench-step-kernels bench-decode bench-data bench-train-step bench-training-memory bench-serve bench-evaluate bench-onnx soak
+        bench bench-startup bench-checkpoints bench-conversion bench-int4 bench-bias bench-step-kernels bench-decode bench-data bench-data-scale bench-train-step bench-training-memory bench-serve bench-evaluate bench-onnx soak
 
 install: $(INSTALLED)
 
@@ -99,6 +99,10 @@ bench-checkpoints: $(INSTALLED)
 
 bench-data: $(INSTALLED)
 	$(BIN)/python benchmarks/data.py
+
+# Some minutes
+bench-data-scale: $(INSTALLED)
+	$(BIN)/python benchmarks/data_scale.py
 
 bench-train-step: $(INSTALLED)
 	$(BIN)/python benchmarks/train_step.py
