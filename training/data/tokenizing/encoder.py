@@ -9,9 +9,12 @@ character that may join the symbol's last one in normalisation, such as a combin
 import json
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
+
+from glm_hf.training.data.tokenizing.normalizer import FastNormalizer
 
 PIECE_CHARACTERS = 1 << 16
 MOST_UNCUT_CHARACTERS = 8 * 2**20
@@ -31,18 +34,26 @@ class TextEncoder:
     """
 
     def __init__(self, backend: str, dtype: np.dtype, splits_special_tokens: bool) -> None:
-        self.backend, self.dtype = Tokenizer.from_str(backend), dtype
-        self.backend.no_padding()
-        self.backend.no_truncation()
-        self.backend.encode_special_tokens = splits_special_tokens
-        self._encode = getattr(self.backend, "encode_batch_fast", self.backend.encode_batch)
-        symbols = cut_symbols(json.loads(backend)) if splits_special_tokens else ""
+        state, self.dtype = json.loads(backend), dtype
+        self.backend = _configured(state, splits_special_tokens)
+        self.normalizer, self.rest = None, self.backend
+        if splits_special_tokens and is_plain(state):
+            with suppress(ValueError):
+                self.normalizer = FastNormalizer((state["normalizer"] or {}).get("normalizers", []))
+                self.rest = _configured(state | {"normalizer": None}, splits_special_tokens)
+        symbols = cut_symbols(state) if splits_special_tokens else ""
         self.num_dropped = {symbol: len(ids) for symbol, ids in zip(symbols, self.encode(list(symbols)), strict=True)}
         self.cut = re.compile(f"[{symbols}](?=[{STARTS}])") if symbols else None
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return the ids of each text."""
-        return [np.array(encoding.ids, self.dtype) for encoding in self._encode(list(texts))]
+        normalized = [self.normalizer.normalize(text) if self.normalizer else None for text in texts]
+        whole = iter(
+            _encode(self.backend, [text for text, done in zip(texts, normalized, strict=True) if done is None])
+        )
+        rest = iter(_encode(self.rest, [done for done in normalized if done is not None]))
+        encodings = (next(whole if done is None else rest) for done in normalized)
+        return [np.array(encoding.ids, self.dtype) for encoding in encodings]
 
     def pieces(self, text: str) -> Iterator[tuple[str, int]]:
         """
@@ -66,6 +77,25 @@ class TextEncoder:
         yield text[start:] if start else text, num_dropped
 
 
+def _configured(state: dict, splits_special_tokens: bool) -> Tokenizer:
+    """Return a fast tokenizer that neither pads nor truncates."""
+    backend = Tokenizer.from_str(json.dumps(state))
+    backend.no_padding()
+    backend.no_truncation()
+    backend.encode_special_tokens = splits_special_tokens
+    return backend
+
+
+def _encode(backend: Tokenizer, texts: list[str]) -> list[Encoding]:
+    return getattr(backend, "encode_batch_fast", backend.encode_batch)(texts)
+
+
+def is_plain(state: dict) -> bool:
+    """Tell whether a fast tokenizer adds no ids, and looks for no strings in a text but its special tokens."""
+    adds_nothing = not (state["post_processor"] or {"special_tokens": {}}).get("special_tokens", True)
+    return adds_nothing and all(token["special"] for token in state["added_tokens"])
+
+
 def cut_symbols(state: dict) -> str:
     """
     Return the characters behind which texts may be cut.
@@ -76,9 +106,7 @@ def cut_symbols(state: dict) -> str:
     """
     split = state["pre_tokenizer"] or {}
     regex = (split.get("pattern") or {}).get("Regex") if split.get("type") == "Split" else None
-    adds_nothing = not (state["post_processor"] or {"special_tokens": {}}).get("special_tokens", True)
-    is_plain = adds_nothing and all(token["special"] for token in state["added_tokens"])
-    if regex is None or split.get("behavior") != "Isolated" or split.get("invert") or not is_plain:
+    if regex is None or split.get("behavior") != "Isolated" or split.get("invert") or not is_plain(state):
         return ""
     patterns = [pattern for pattern in re.split(r"(?<!\\)\|", regex) if not pattern.startswith("(?<=<)")]
     symbols = {re.sub(r"\\(.)", r"\1", pattern) for pattern in patterns}

@@ -56,7 +56,6 @@ class ShardMaker:
     def __init__(self, job: Job) -> None:
         self.job, self.dtype = job, np.dtype(job.dtype)
         self.texts = TextEncoder(job.backend, self.dtype, splits_special_tokens=True)
-        self.inputs = TextEncoder(job.backend, self.dtype, splits_special_tokens=False)
 
     def make(self, number: int, task: Task) -> dict[str, Any]:
         """
@@ -115,11 +114,12 @@ class ShardMaker:
     def _instructions(self, task: Task) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield the ids of contexts and targets in turns, and their lengths."""
         assert self.job.instructions is not None
+        encoder = TextEncoder(self.job.backend, self.dtype, splits_special_tokens=False)  # as inputs hold masks
         for piece, number, record in _records(task, self.job.fields):
             strings = self._strings(piece, number, record)
             if max(map(len, strings)) > MOST_INSTRUCTION_BYTES:
                 raise ValueError(f"{place_of(piece, number)} has more than {MOST_INSTRUCTION_BYTES:,} characters")
-            [inputs], [target] = self.inputs.encode(strings[:1]), self.texts.encode(strings[1:])
+            [inputs], [target] = encoder.encode(strings[:1]), self.texts.encode(strings[1:])
             try:
                 context = self.job.instructions.context(inputs.tolist(), len(target))
             except ValueError as error:
