@@ -100,6 +100,7 @@ bench-checkpoints: $(INSTALLED)
 bench-data: $(INSTALLED)
 	$(BIN)/python benchmarks/data.py
 
+# Some minutes
 bench-data-scale: $(INSTALLED)
 	$(BIN)/python benchmarks/data_scale.py
 

@@ -6,7 +6,10 @@ import pytest
 from fuzzing import import_everything
 from kills import SIGNALS, Commands, end_and_repeat
 
-NAMES = ("convert", "quantize", "export-sat", "reshard", "export-hub", "analyze", "export-3d", "tokenize", "train")
+NAMES = (
+    *("convert", "quantize", "export-sat", "reshard", "export-hub", "analyze", "export-3d"),
+    *("tokenize-corpus", "tokenize", "train"),
+)
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from glm_hf.training.data.corpora import CorpusSource, load_corpus
     from glm_hf.training.data.dataset import BlankInfillingDataset
     from glm_hf.training.data.recipe import InfillingRecipe
+    from glm_hf.training.data.tokenizing.tokenize import tokenize_corpus
     from glm_hf.training.divergence import DivergenceError
     from glm_hf.training.gradient_shrink import shrink_embedding_gradient
     from glm_hf.training.token_loss import mean_token_loss, token_losses
@@ -35,6 +36,7 @@ MODULES = {
     "shrink_embedding_gradient": "glm_hf.training.gradient_shrink",
     "to_conversation": "glm_hf.training.data.conversations",
     "token_losses": "glm_hf.training.token_loss",
+    "tokenize_corpus": "glm_hf.training.data.tokenizing.tokenize",
 }
 """Where the public names are defined."""
 
@@ -56,4 +58,5 @@ __all__ = [
     "shrink_embedding_gradient",
     "to_conversation",
     "token_losses",
+    "tokenize_corpus",
 ]

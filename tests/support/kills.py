@@ -34,8 +34,10 @@ class Commands:
 
     def __init__(self, root: Path) -> None:
         from glm_hf import GLMForBlankInfilling, GLMTokenizer
+        from glm_hf.training.data.tokenizing import sources
 
         self.root = root
+        sources.TASK_BYTES = 1 << 14  # so that there are several shards
         save_tiny_model(root / "tiny", train_sentencepiece(root / "text.model"))
         tokenizer = GLMTokenizer.from_pretrained(root / "tiny")
         model = GLMForBlankInfilling(
@@ -73,6 +75,15 @@ class Commands:
             "export-hub": ["export-hub", model, "out"],
             "analyze": ["analyze", model, "--output", "out"],
             "export-3d": ["export-3d", str(self.root / "3d"), "out", *shards],
+            "tokenize-corpus": [
+                "tokenize",
+                str(self.root / "text.jsonl"),
+                "out",
+                "--tokenizer",
+                model,
+                "--num-proc",
+                "2",
+            ],
             "tokenize": ["train", self._config(folder, save_strategy="no", max_steps=1), "--resume"],
             "train": ["train", self._config(folder, documents=300, save_strategy="steps", save_steps=1), "--resume"],
         }

@@ -4,7 +4,7 @@ import glob
 import hashlib
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ from tqdm import tqdm
 from glm_hf.configuration_glm import GLMConfig
 from glm_hf.folders.atomic import remove_leftovers
 from glm_hf.folders.validation import require_matching_tokenizer
-from glm_hf.infilling_glm import prepare_context
 from glm_hf.tokenization_glm import GLMTokenizer
 from glm_hf.training.data.token_file import FACTS_FILE, TokenFile, open_token_file, require_ids, write_token_file
+from glm_hf.training.data.tokenizing.instructions import InstructionRule
 
 DOCUMENTS_AT_ONCE = 1000
 SCANNED_AT_ONCE = 2**20
@@ -212,7 +212,7 @@ class _Reader:
         self, source: CorpusSource, files: list[Path], tokenizer: GLMTokenizer, config: GLMConfig, row_length: int
     ) -> None:
         self.source, self.files, self.tokenizer, self.config = source, files, tokenizer, config
-        self.row_length = row_length
+        self.rule = InstructionRule(config, row_length, source.targets, source.truncate_inputs)
         for file in files if files and reader_of(files[0].name) == "json" else ():
             require_short_lines(file, source.max_record_size)
         try:
@@ -306,25 +306,10 @@ class _Reader:
         parts = []
         for number, (ids, target) in enumerate(zip(inputs, targets, strict=True), before + 1):
             try:
-                parts += [self._context(ids, len(target)), target]
+                parts += [self.rule.context(ids, len(target)), target]
             except ValueError as error:
                 raise ValueError(f"record {number} of {self.source.path}: {error}") from error
         return parts
-
-    def _context(self, ids: Sequence[int], target_length: int) -> list[int]:
-        """Complete inputs to a context that fits a row together with `sop` and the target."""
-        if not target_length:
-            raise ValueError(f"{self.source.targets!r} is empty")
-        room = self.row_length - 1 - target_length - 1  # a mask or `</s>` may be added
-        if self.source.truncate_inputs and room > 0:
-            ids = ids[-room:]
-        context = prepare_context(ids, self.config)
-        if len(context) + 1 + target_length > self.row_length:
-            raise ValueError(
-                f"inputs of {len(context)} and targets of {target_length} tokens do not fit a row of "
-                f"{self.row_length}; shorten them or set truncate_inputs"
-            )
-        return context
 
     def _explained(self, error: Exception) -> ValueError:
         """Name the line that is no JSON object, where that is what is wrong."""

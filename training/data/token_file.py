@@ -76,7 +76,7 @@ def write_token_file(
     Raises:
         OSError: If the disk is full; nothing is left behind then.
     """
-    dtype = np.dtype(DTYPES[0] if vocab_size <= SMALL_VOCABULARY else DTYPES[1])
+    dtype = dtype_for(vocab_size)
     lengths = []
     with AtomicFolder(folder.absolute(), replaces=True).writing() as staged:
         with (staged / TOKENS_FILE).open("wb") as file:
@@ -85,13 +85,40 @@ def write_token_file(
                 file.write(np.fromiter((i for part in batch for i in part), dtype, int(lengths[-1].sum())).tobytes())
         boundaries = np.concatenate(([0], *lengths)).cumsum(dtype=np.int64)
         np.save(staged / BOUNDARIES_FILE, boundaries)
-        counts = {"format": FORMAT, "dtype": dtype.str, "num_tokens": int(boundaries[-1]), "vocab_size": vocab_size}
         hashes = {
-            name: [digest for _, _, digest in _hashed(staged / name, BLOCK_BYTES)]
+            name: [digest for _, _, digest in hashed_blocks(staged / name, BLOCK_BYTES)]
             for name in (TOKENS_FILE, BOUNDARIES_FILE)
         }
-        text = json.dumps(facts | counts | {"block_bytes": BLOCK_BYTES, "xxh3_64": hashes}, ensure_ascii=False)
-        (staged / FACTS_FILE).write_text(text + "\n", encoding="utf-8")
+        write_facts(staged, facts, dtype, int(boundaries[-1]), vocab_size, hashes)
+
+
+def dtype_for(vocab_size: int) -> np.dtype:
+    """Return the dtype that holds the ids of a vocabulary."""
+    return np.dtype(DTYPES[0] if vocab_size <= SMALL_VOCABULARY else DTYPES[1])
+
+
+def write_facts(
+    folder: Path,
+    facts: dict[str, Any],
+    dtype: np.dtype,
+    num_tokens: int,
+    vocab_size: int,
+    hashes: dict[str, list[str]],
+) -> None:
+    """
+    Write corpus.json beside the two files that it is about.
+
+    Args:
+        folder: Folder of the corpus.
+        facts: Kind of the corpus, and what the ids were made from.
+        dtype: Dtype of the ids.
+        num_tokens: Number of the ids.
+        vocab_size: Size of the vocabulary.
+        hashes: Hash of every block of `BLOCK_BYTES` of the two files, by name.
+    """
+    counts = {"format": FORMAT, "dtype": dtype.str, "num_tokens": num_tokens, "vocab_size": vocab_size}
+    text = json.dumps(facts | counts | {"block_bytes": BLOCK_BYTES, "xxh3_64": hashes}, ensure_ascii=False)
+    (folder / FACTS_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def open_token_file(folder: Path) -> TokenFile:
@@ -105,7 +132,7 @@ def open_token_file(folder: Path) -> TokenFile:
         ValueError: If the corpus is damaged, or was written by a version that this one does not know.
     """
     corpus = _map_files(folder)
-    if problem := next(_problems(corpus, _at_opening), None):
+    if problem := next(_problems(corpus, blocks_at_opening), None):
         raise ValueError(f"{problem}; tokenize it again")
     if corpus.facts["format"] == WITHOUT_CHECKSUMS:
         logger.warning("%s was tokenized without checksums, so damage in it cannot be noticed", folder)
@@ -132,7 +159,7 @@ def require_ids(corpus: TokenFile, vocab_size: int, forbidden: Iterable[int]) ->
     has_masks = corpus.facts["kind"] == "instructions"
     unwanted = np.array([] if has_masks else sorted(forbidden), corpus.tokens.dtype)
     step = BLOCK_BYTES // corpus.tokens.itemsize
-    for block in _at_opening(-(-len(corpus.tokens) // step)):
+    for block in blocks_at_opening(-(-len(corpus.tokens) // step)):
         ids = corpus.tokens[block * step : (block + 1) * step]
         if ids.max() >= vocab_size or ids.min() < 0 or any((ids == one).any() for one in unwanted):
             wrong = (ids >= vocab_size) | (ids < 0) | np.isin(ids, unwanted)
@@ -197,7 +224,7 @@ def _problems(corpus: TokenFile, choose: Callable[[int], Sequence[int]]) -> Iter
                 continue
             blocks = choose(len(expected))
             for block, (start, end, digest) in zip(
-                blocks, _hashed(path, corpus.facts["block_bytes"], blocks), strict=True
+                blocks, hashed_blocks(path, corpus.facts["block_bytes"], blocks), strict=True
             ):
                 if digest != expected[block]:
                     yield f"{path} is damaged: bytes {start:,} to {end:,} are not those that were written"
@@ -209,14 +236,14 @@ def _problems(corpus: TokenFile, choose: Callable[[int], Sequence[int]]) -> Iter
             return
 
 
-def _at_opening(count: int) -> Sequence[int]:
+def blocks_at_opening(count: int) -> Sequence[int]:
     """Choose all of a few blocks; of many some, the first and the last among them."""
     return (
         range(count) if count <= BLOCKS_AT_OPENING else np.linspace(0, count - 1, BLOCKS_OF_LARGE).astype(int).tolist()
     )
 
 
-def _hashed(path: Path, block_bytes: int, blocks: Iterable[int] | None = None) -> Iterator[tuple[int, int, str]]:
+def hashed_blocks(path: Path, block_bytes: int, blocks: Iterable[int] | None = None) -> Iterator[tuple[int, int, str]]:
     """Yield (first byte, byte after the last, hash) of some blocks of a file, of all for None."""
     with path.open("rb") as file:
         blocks = range(-(-path.stat().st_size // block_bytes)) if blocks is None else blocks

@@ -11,7 +11,7 @@ from glm_hf.cli.onnx import add_export_onnx
 from glm_hf.cli.plan import add_plan
 from glm_hf.cli.quantization import add_analyze, add_quantize
 from glm_hf.cli.serve import add_serve
-from glm_hf.cli.train import add_report, add_train
+from glm_hf.cli.train import add_report, add_tokenize, add_train
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -25,7 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
     for add in (
         *(add_convert, add_quantize, add_analyze, add_export_sat, add_reshard, add_verify),
         *(add_fill, add_evaluate, add_serve, add_export_hub, add_export_onnx),
-        *(add_plan, add_train, add_report, add_export_3d),
+        *(add_plan, add_tokenize, add_train, add_report, add_export_3d),
     ):
         add(commands)
     return parser

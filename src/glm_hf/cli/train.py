@@ -1,10 +1,60 @@
-"""Subcommands `train` and `report`."""
+"""Subcommands `tokenize`, `train` and `report`."""
 
 import argparse
 import os
 from typing import Any
 
-from glm_hf.cli.commands import add_command
+from glm_hf.cli.commands import add_command, add_no_resume, positive, rerun_settings
+
+
+def add_tokenize(commands: Any) -> None:
+    """Add `tokenize`."""
+    text = "Tokenize texts or instructions, once for all runs, into a folder that `path` of a corpus may name."
+    command = add_command(commands, "tokenize", tokenize, text)
+    command.add_argument(
+        "sources",
+        nargs="+",
+        help="files, folders and patterns: .jsonl and .json (a record per line), .txt (a document per file), "
+        "these also with .gz or .zst behind, and .parquet",
+    )
+    command.add_argument("dst", help="new folder")
+    command.add_argument(
+        "--tokenizer", required=True, metavar="MODEL", help="folder or Hub name of the model; weights are not needed"
+    )
+    command.add_argument("--num-proc", type=positive, metavar="N", help="number of processes (default: all cores)")
+    command.add_argument("--text-field", default="text", metavar="NAME", help="field of a text (default: text)")
+    command.add_argument(
+        "--inputs-field", default="inputs", metavar="NAME", help="field of an instruction (default: inputs)"
+    )
+    command.add_argument(
+        "--targets-field", default="targets", metavar="NAME", help="field of its answer (default: targets)"
+    )
+    command.add_argument(
+        "--row-length", type=positive, default=2048, metavar="N", help="tokens that an instruction has to fit"
+    )
+    command.add_argument(
+        "--truncate-inputs", action="store_true", help="leave out the beginning of instructions that do not fit"
+    )
+    add_no_resume(command)
+
+
+def tokenize(options: argparse.Namespace) -> None:
+    """Run `tokenize`."""
+    from glm_hf.training import tokenize_corpus
+
+    tokenize_corpus(
+        options.sources,
+        options.dst,
+        tokenizer=options.tokenizer,
+        num_proc=options.num_proc,
+        text=options.text_field,
+        inputs=options.inputs_field,
+        targets=options.targets_field,
+        row_length=options.row_length,
+        truncate_inputs=options.truncate_inputs,
+        **rerun_settings(options),
+    )
+    print(options.dst)
 
 
 def add_train(commands: Any) -> None:

@@ -1,0 +1,1 @@
+"""Texts tokenized by several processes into one corpus."""

@@ -1,0 +1,126 @@
+"""Texts and instructions to token ids, long texts in pieces that give the same ids as the whole.
+
+A text is cut behind a line break or tab that has a symbol of its own (`<n>`, `<|tab|>`): the tokenizer isolates the
+symbol, so that what stands before it and behind it is encoded on its own. A piece begins with the symbol where it was
+cut, whose ids are dropped again, as a text that begins without one gets a dummy prefix. No cut is made in front of a
+character that may join the symbol's last one in normalisation, such as a combining mark.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+
+import numpy as np
+from tokenizers import Encoding, Tokenizer
+
+from glm_hf.training.data.tokenizing.normalizer import FastNormalizer
+
+PIECE_CHARACTERS = 1 << 16
+MOST_UNCUT_CHARACTERS = 8 * 2**20
+"""Longest text without a place to cut it, as the tokenizer takes some hundred times the memory."""
+STARTS = "\t\n -~\u4e00-\u9fff"
+"""What a piece may begin with behind its symbol: characters that no normalisation joins to the one before."""
+
+
+class TextEncoder:
+    """
+    The ids of texts, as the tokenizer itself gives them.
+
+    Args:
+        backend: The fast tokenizer as JSON, without padding and truncation.
+        dtype: Dtype of the ids.
+        splits_special_tokens: Whether the contents of special tokens are ordinary text.
+    """
+
+    def __init__(self, backend: str, dtype: np.dtype, splits_special_tokens: bool) -> None:
+        state, self.dtype = json.loads(backend), dtype
+        self.backend = _configured(state, splits_special_tokens)
+        self.normalizer, self.rest = None, self.backend
+        if splits_special_tokens and is_plain(state):
+            with suppress(ValueError):
+                self.normalizer = FastNormalizer((state["normalizer"] or {}).get("normalizers", []))
+                self.rest = _configured(state | {"normalizer": None}, splits_special_tokens)
+        symbols = cut_symbols(state) if splits_special_tokens else ""
+        self.num_dropped = {symbol: len(ids) for symbol, ids in zip(symbols, self.encode(list(symbols)), strict=True)}
+        self.cut = re.compile(f"[{symbols}](?=[{STARTS}])") if symbols else None
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Return the ids of each text."""
+        normalized = [self.normalizer.normalize(text) if self.normalizer else None for text in texts]
+        whole = iter(
+            _encode(self.backend, [text for text, done in zip(texts, normalized, strict=True) if done is None])
+        )
+        rest = iter(_encode(self.rest, [done for done in normalized if done is not None]))
+        encodings = (next(whole if done is None else rest) for done in normalized)
+        return [np.array(encoding.ids, self.dtype) for encoding in encodings]
+
+    def pieces(self, text: str) -> Iterator[tuple[str, int]]:
+        """
+        Yield the pieces of a text, and how many ids at the start of each are to be dropped.
+
+        Raises:
+            ValueError: If it is too long, and cannot be cut.
+        """
+        start = num_dropped = 0
+        while len(text) - start > PIECE_CHARACTERS and self.cut:
+            cut = self.cut.search(text, start + PIECE_CHARACTERS, start + MOST_UNCUT_CHARACTERS)
+            if cut is None:
+                break
+            yield text[start : cut.end()], num_dropped
+            start, num_dropped = cut.start(), self.num_dropped[cut.group()]
+        if len(text) - start > MOST_UNCUT_CHARACTERS:
+            raise ValueError(
+                f"it has {MOST_UNCUT_CHARACTERS:,} characters without a line break or tab at which the tokenizer's "
+                "input can be cut; split it"
+            )
+        yield text[start:] if start else text, num_dropped
+
+
+def _configured(state: dict, splits_special_tokens: bool) -> Tokenizer:
+    """Return a fast tokenizer that neither pads nor truncates."""
+    backend = Tokenizer.from_str(json.dumps(state))
+    backend.no_padding()
+    backend.no_truncation()
+    backend.encode_special_tokens = splits_special_tokens
+    return backend
+
+
+def _encode(backend: Tokenizer, texts: list[str]) -> list[Encoding]:
+    return getattr(backend, "encode_batch_fast", backend.encode_batch)(texts)
+
+
+def is_plain(state: dict) -> bool:
+    """Tell whether a fast tokenizer adds no ids, and looks for no strings in a text but its special tokens."""
+    adds_nothing = not (state["post_processor"] or {"special_tokens": {}}).get("special_tokens", True)
+    return adds_nothing and all(token["special"] for token in state["added_tokens"])
+
+
+def cut_symbols(state: dict) -> str:
+    """
+    Return the characters behind which texts may be cut.
+
+    Args:
+        state: The fast tokenizer as JSON. It has such characters if it is as `GLMTokenizer` builds it, and no other
+            of its symbols can hold or overlap theirs.
+    """
+    split = state["pre_tokenizer"] or {}
+    regex = (split.get("pattern") or {}).get("Regex") if split.get("type") == "Split" else None
+    if regex is None or split.get("behavior") != "Isolated" or split.get("invert") or not is_plain(state):
+        return ""
+    patterns = [pattern for pattern in re.split(r"(?<!\\)\|", regex) if not pattern.startswith("(?<=<)")]
+    symbols = {re.sub(r"\\(.)", r"\1", pattern) for pattern in patterns}
+    steps = (state["normalizer"] or {}).get("normalizers", ())
+    replaced = {step["pattern"].get("String"): step["content"] for step in steps if step["type"] == "Replace"}
+    return "".join(
+        text
+        for text in "\n\t"
+        if replaced.get(text) in symbols and not any(_overlaps(other, replaced[text]) for other in symbols)
+    )
+
+
+def _overlaps(other: str, symbol: str) -> bool:
+    """Tell whether `other` can be found in a text so that `symbol`, which is there too, is not."""
+    return other != symbol and (
+        symbol in other or any(other.endswith(symbol[:length]) for length in range(1, len(symbol)))
+    )

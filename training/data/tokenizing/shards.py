@@ -1,0 +1,160 @@
+"""A shard: the ids of one task, as a worker process writes them.
+
+N.tokens    ids in the corpus's dtype, document after document
+N.lengths   int64: length of every part; a part is a document with its `</s>`, or a context or target
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from glm_hf.training.data.tokenizing.encoder import TextEncoder
+from glm_hf.training.data.tokenizing.instructions import InstructionRule
+from glm_hf.training.data.tokenizing.records import Record, place_of, read_records
+from glm_hf.training.data.tokenizing.sources import Piece, Task
+
+BATCH_CHARACTERS = 1 << 18
+SHARD_FILES = ("tokens", "lengths")
+MOST_INSTRUCTION_BYTES = 8 * 2**20
+
+
+@dataclass(frozen=True)
+class Job:
+    """
+    What a worker process has to know.
+
+    Attributes:
+        folder: Folder of the shards.
+        backend: The fast tokenizer as JSON.
+        dtype: Dtype of the ids.
+        eos_token_id: Id behind every text.
+        fields: Field of a text, or fields of inputs and targets.
+        instructions: How instructions are completed; None for texts.
+    """
+
+    folder: str
+    backend: str
+    dtype: str
+    eos_token_id: int
+    fields: tuple[str, ...]
+    instructions: InstructionRule | None = None
+
+
+def shard_path(folder: str | Path, number: int, name: str) -> Path:
+    """Return the path of one of the files of a shard."""
+    return Path(folder) / f"{number}.{name}"
+
+
+class ShardMaker:
+    """Makes the shards of a job, one after the other."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.dtype = job, np.dtype(job.dtype)
+        self.texts = TextEncoder(job.backend, self.dtype, splits_special_tokens=True)
+
+    def make(self, number: int, task: Task) -> dict[str, Any]:
+        """
+        Write shard `number`; return its `num_tokens` and `num_parts`, and `hashes` of its files.
+
+        Raises:
+            ValueError: If a file of the task is damaged, or a record is not what it should be.
+        """
+        make = self._texts if self.job.instructions is None else self._instructions
+        hashes, counts = {name: xxhash.xxh3_128() for name in SHARD_FILES}, dict.fromkeys(SHARD_FILES, 0)
+        with ExitStack() as stack:
+            files = {
+                name: stack.enter_context(shard_path(self.job.folder, number, name).open("wb")) for name in SHARD_FILES
+            }
+            for arrays in make(task):
+                for name, array in zip(SHARD_FILES, arrays, strict=True):
+                    content = array.tobytes()
+                    files[name].write(content)
+                    hashes[name].update(content)
+                    counts[name] += len(array)
+        digests = {name: hasher.hexdigest() for name, hasher in hashes.items()}
+        return {"num_tokens": counts["tokens"], "num_parts": counts["lengths"], "hashes": digests}
+
+    def _texts(self, task: Task) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield ids, and the lengths of the documents that end in them."""
+        eos = np.array([self.job.eos_token_id], self.dtype)
+        length = 0
+        for batch in _batches(self._pieces(task)):
+            arrays, lengths = [], []
+            for ids, (_, num_dropped, is_last) in zip(
+                self.texts.encode([text for text, _, _ in batch]), batch, strict=True
+            ):
+                arrays.append(ids[num_dropped:])
+                length += len(arrays[-1])
+                if is_last and length:
+                    arrays.append(eos)
+                    lengths.append(length + 1)
+                    length = 0
+            yield np.concatenate(arrays), np.array(lengths, np.int64)
+
+    def _pieces(self, task: Task) -> Iterator[tuple[str, int, bool]]:
+        """Yield the pieces of texts, how many ids of each are to be dropped, and whether its text ends with it."""
+        for piece, number, record in _records(task, self.job.fields):
+            [text] = self._strings(piece, number, record)
+            try:
+                held = None
+                for found in self.texts.pieces(text):
+                    if held is not None:
+                        yield *held, False
+                    held = found
+            except ValueError as error:
+                raise ValueError(f"{place_of(piece, number)}: {error}") from error
+            if held is not None:
+                yield *held, True
+
+    def _instructions(self, task: Task) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield the ids of contexts and targets in turns, and their lengths."""
+        assert self.job.instructions is not None
+        encoder = TextEncoder(self.job.backend, self.dtype, splits_special_tokens=False)  # as inputs hold masks
+        for piece, number, record in _records(task, self.job.fields):
+            strings = self._strings(piece, number, record)
+            if max(map(len, strings)) > MOST_INSTRUCTION_BYTES:
+                raise ValueError(f"{place_of(piece, number)} has more than {MOST_INSTRUCTION_BYTES:,} characters")
+            [inputs], [target] = encoder.encode(strings[:1]), self.texts.encode(strings[1:])
+            try:
+                context = self.job.instructions.context(inputs.tolist(), len(target))
+            except ValueError as error:
+                raise ValueError(f"{place_of(piece, number)}: {error}") from error
+            yield np.concatenate((np.array(context, self.dtype), target)), np.array([len(context), len(target)])
+
+    def _strings(self, piece: Piece, number: int, record: Record) -> list[str]:
+        """Return the fields of a record; ValueError if one is no string, or holds what is no text."""
+        values = [record.get(field) for field in self.job.fields]
+        for field, value in zip(self.job.fields, values, strict=True):
+            if not isinstance(value, str):
+                raise ValueError(
+                    f"{place_of(piece, number)} must have a string in {field!r}, got {str(value)[:80] or value!r}"
+                )
+            try:
+                value.isascii() or value.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"{place_of(piece, number)} holds half a surrogate pair in {field!r}") from error
+        return values
+
+
+def _records(task: Task, fields: tuple[str, ...]) -> Iterator[tuple[Piece, int, Record]]:
+    for piece in task:
+        for number, record in read_records(piece, fields):
+            yield piece, number, record
+
+
+def _batches(pieces: Iterator[tuple[str, int, bool]]) -> Iterator[list[tuple[str, int, bool]]]:
+    """Yield pieces in lists of at least `BATCH_CHARACTERS` characters, but for the last."""
+    batch, size = [], 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece[0])
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
