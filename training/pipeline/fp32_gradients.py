@@ -2,8 +2,9 @@
 
 `DeepSpeedZeroOptimizer` keeps such sums as `grad_accum` of each parameter and frees `grad`. DeepSpeed takes another
 optimizer for bf16, which shards neither sums nor norms in this way, and its pipeline looks for sums of tied weights
-in `grad`; both are changed here. With sequence parallelism, every tensor-parallel rank has gradients of whole parameters
-for its slice of the tokens, which add up over the ranks, and it sends its slice to the next stage, not a part of it.
+in `grad`; both are changed here. With sequence parallelism, every tensor-parallel rank has gradients of whole
+parameters for its slice of the tokens, which add up over the ranks, and it sends its slice to the next stage, not a
+part of it.
 
 Source: DeepSpeed 0.19, runtime/zero/stage_1_and_2.py and runtime/pipe/engine.py.
 """
