@@ -104,6 +104,7 @@ class BackgroundWriter:
         if error is not None:
             self._deadline = time.monotonic() + PATIENCE
         self._join()
+        self._buffers = HostBuffers()
         if error is None:
             self.raise_error()
         elif self._error is not None:
