@@ -26,8 +26,7 @@ from glm_hf.folders.atomic import exclusive
 from glm_hf.folders.checksums import CHECKSUMS, compute_checksums, files_of, find_damage, spread, write_checksums
 from glm_hf.folders.plain_types import only_plain_types
 from glm_hf.folders.validation import read_json, reading
-from glm_hf.training.saving.background import BackgroundWriter
-from glm_hf.training.saving.staging import STAGING, one_error, staging_folder
+from glm_hf.training.saving.background import STAGING, BackgroundWriter, one_error, staging_folder
 from glm_hf.training.saving.state_copies import copying_engine, frozen_model
 from glm_hf.training.token_loss import TokenLossTrainer
 

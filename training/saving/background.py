@@ -20,13 +20,16 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from safetensors import SafetensorError
 from torch import distributed as dist
+from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
+from glm_hf.folders.atomic import AtomicFolder
 from glm_hf.folders.checksums import compute_checksums, files_of, write_checksums
 from glm_hf.training.saving.host_copy import HostBuffers, host_copy
-from glm_hf.training.saving.staging import one_error, staging_folder
 
+STAGING = ".partial-checkpoint"
 POLL_SECONDS = 0.2
 PATIENCE = 30.0  # seconds that a run which has failed waits for what other processes write
 
@@ -104,6 +107,7 @@ class BackgroundWriter:
         if error is not None:
             self._deadline = time.monotonic() + PATIENCE
         self._join()
+        self._buffers = HostBuffers()
         if error is None:
             self.raise_error()
         elif self._error is not None:
@@ -230,3 +234,19 @@ def write_parts(staged: StagedCheckpoint) -> dict[str, Any]:
         part.write()
     names = [part.path.relative_to(staged.folder).as_posix() for part in staged.parts if part.path.is_file()]
     return compute_checksums(staged.folder, names)
+
+
+def staging_folder(run: Path, name: str) -> AtomicFolder:
+    """Return the hidden folder in a run's output folder that is to become the checkpoint `name`, or replace it."""
+    return AtomicFolder(run / name, replaces=True, home=run / STAGING, work_name=name)
+
+
+@contextmanager
+def one_error(checkpoint: Path) -> Iterator[None]:
+    """Turn what the writers of files raise into one OSError that says where a run can be resumed from instead."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
+        last = get_last_checkpoint(checkpoint.parent)
+        where = f"training can be resumed from {last}" if last else "there is no earlier checkpoint"
+        raise OSError(f"{checkpoint} cannot be saved: {error}; {where}") from error
