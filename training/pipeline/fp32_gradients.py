@@ -2,7 +2,8 @@
 
 `DeepSpeedZeroOptimizer` keeps such sums as `grad_accum` of each parameter and frees `grad`. DeepSpeed takes another
 optimizer for bf16, which shards neither sums nor norms in this way, and its pipeline looks for sums of tied weights
-in `grad`; both are changed here.
+in `grad`; both are changed here. With sequence parallelism, tensor-parallel ranks have gradients of whole parameters
+for slices of the tokens, which add up over the ranks, and send these slices to the next stage, not parts of them.
 
 Source: DeepSpeed 0.19, runtime/zero/stage_1_and_2.py and runtime/pipe/engine.py.
 """
