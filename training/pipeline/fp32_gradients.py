@@ -2,9 +2,8 @@
 
 `DeepSpeedZeroOptimizer` keeps such sums as `grad_accum` of each parameter and frees `grad`. DeepSpeed takes another
 optimizer for bf16, which shards neither sums nor norms in this way, and its pipeline looks for sums of tied weights
-in `grad`; both are changed here. With sequence parallelism, every tensor-parallel rank has gradients of whole
-parameters for its slice of the tokens, which add up over the ranks, and it sends its slice to the next stage, not a
-part of it.
+in `grad`; both are changed here. With sequence parallelism, tensor-parallel ranks have gradients of whole parameters
+for slices of the tokens, which add up over the ranks, and send these slices to the next stage, not parts of them.
 
 Source: DeepSpeed 0.19, runtime/zero/stage_1_and_2.py and runtime/pipe/engine.py.
 """
@@ -47,7 +46,7 @@ class FP32GradientsEngine(PipelineEngine):
     def _exec_reduce_tied_grads(self) -> None:
         """Add up the gradients of weights that several stages hold."""
         for weight, group in self.module.get_tied_weights_and_groups():
-            gradient = self.optimizer.get_param_gradient_attribute(weight) if weight.requires_grad else None
+            gradient = self.optimizer.get_param_gradient_attribute(weight)
             if gradient is not None:
                 comm.all_reduce(gradient, group=group)
         if self.module.ranks.sequence_parallel:

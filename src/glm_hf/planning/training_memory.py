@@ -213,8 +213,10 @@ def backward_bytes(shape: Shape, stage: int, recompute: str) -> int:
     if stage < shape.parallel.pp_size - 1:
         return layer
     columns = shape.config.vocab_size // shape.parallel.tp_size
-    head = 8 * shape.num_targets * columns  # beside the probabilities, which go when the layers' turn comes
-    return max(head, layer - 4 * shape.num_targets * columns)
+    head = 8 * shape.num_targets * columns
+    # When the layers' turn comes, the probabilities, what they were made of and the norm's input are gone.
+    gone = shape.num_targets * (shape.config.hidden_size * shape.size + 4 * columns) + shape.state_bytes
+    return max(head, layer - gone)
 
 
 def activation_bytes(shape: Shape, stage: int, in_flight: int, recompute: str) -> int:

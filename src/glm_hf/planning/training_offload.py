@@ -45,7 +45,7 @@ class OffloadPlan:
         device: Where optimizer and parameters lie: "none" for the GPUs, "cpu" or "nvme".
 
     Raises:
-        ValueError: If the run is sharded in another way, or the device is unknown.
+        ValueError: If the run is sharded in another way, or recomputes in parts, or the device is unknown.
     """
 
     request: TrainingRequest
@@ -58,6 +58,8 @@ class OffloadPlan:
             raise ValueError(f"offload must be one of {', '.join(OFFLOAD_DEVICES)}, got {self.device!r}")
         if parallel.tp_size * parallel.pp_size > 1:
             raise ValueError(f"offload is of ZeRO-3, which has --data alone, got {parallel.describe()}")
+        if self.request.recompute == "selective":
+            raise ValueError("offload is of GLMTrainer, which recomputes layers whole: take --recompute full or none")
 
     @cached_property
     def components(self) -> dict[str, dict[str, int]]:

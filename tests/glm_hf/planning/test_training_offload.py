@@ -62,3 +62,5 @@ def test_what_does_not_fit_tells_where_it_would(capsys):
 def test_sharding_of_another_kind_is_refused():
     with pytest.raises(ValueError, match="offload is of ZeRO-3, which has --data alone"):
         plan_of("cpu", parallel=ParallelDegrees(tp_size=2, dp_size=16))
+    with pytest.raises(ValueError, match="recomputes layers whole: take --recompute full or none"):
+        plan_of("cpu", recompute="selective")

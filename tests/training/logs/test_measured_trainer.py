@@ -223,7 +223,8 @@ def test_a_pipeline_logs_what_one_process_does(deep_folder, tmp_path, corpora):
 def test_utilization_is_that_of_the_plan(model_folder, tmp_path, checkpointing):
     config = GLMConfig.from_pretrained(model_folder)
     machine = Machine(GPUS["A100-40GB"])
-    request = TrainingRequest(config, ParallelDegrees(), machine, 1, 1, 48, "fp16", checkpointing)
+    recompute = "full" if checkpointing else "none"
+    request = TrainingRequest(config, ParallelDegrees(), machine, 1, 1, 48, "fp16", recompute)
     plan = TrainingPlan(request)
     trainer = make_trainer(
         model_folder, tmp_path, max_steps=1, peak_tflops=2.0, activation_checkpointing=checkpointing

@@ -62,7 +62,9 @@ def test_selective_recomputation_repeats_no_matrix_product(deep_folder, tmp_path
 
 def test_operations_that_are_done_again_are_counted_by_hand():
     with torch.device("meta"):
-        model = GLMForBlankInfilling(GLMConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=4))
+        model = GLMForBlankInfilling(
+            GLMConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4)
+        )
     for layer, granularity in zip(model.model.layers, ("full", "selective", "selective", None), strict=True):
         set_recomputation(layer, granularity, checkpoint)
     attention = 4 * 64 * 48
