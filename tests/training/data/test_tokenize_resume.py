@@ -21,7 +21,7 @@ from glm_hf.training.data.tokenizing import growing_corpus, sources
 from glm_hf.training.data.tokenizing.growing_corpus import GrowingCorpus, HashedFile
 from glm_hf.training.data.tokenizing.shards import ShardMaker
 
-TEXTS = generate([english, chinese], 12, seed=7)
+TEXTS = generate([english, chinese], 16, seed=7)
 MOMENTS = [
     (ShardMaker, "make"),
     (GrowingCorpus, "_log"),
@@ -37,7 +37,7 @@ KILLS = 16
 
 @pytest.fixture(autouse=True)
 def _small_sizes(monkeypatch) -> None:
-    monkeypatch.setattr(sources, "TASK_BYTES", 250)
+    monkeypatch.setattr(sources, "TASK_BYTES", 120)
     for module in (token_file, growing_corpus):
         monkeypatch.setattr(module, "BLOCK_BYTES", 256)
 
