@@ -1,8 +1,9 @@
 """The tokenizer's normalisation by a few replacements in the whole text, where all of its letters are simple ones.
 
 A letter is simple if normalisation looks at it alone: it is a grapheme of its own wherever it stands, the charsmap
-turns it into letters that stay as they are, and these neither join nor reorder their neighbours (NFC). So are the letters
-of most texts; others take the tokenizer's own way, which maps every position of the text and is several times as slow.
+turns it into letters that stay as they are, and these neither join nor reorder their neighbours (NFC). So are the
+letters of most texts; others take the tokenizer's own way, which maps every position of the text and is several times
+as slow.
 """
 
 import base64

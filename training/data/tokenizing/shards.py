@@ -131,9 +131,7 @@ class ShardMaker:
         values = [record.get(field) for field in self.job.fields]
         for field, value in zip(self.job.fields, values, strict=True):
             if not isinstance(value, str):
-                raise ValueError(
-                    f"{place_of(piece, number)} must have a string in {field!r}, got {str(value)[:80] or value!r}"
-                )
+                raise ValueError(f"{place_of(piece, number)} must have a string in {field!r}, got {repr(value)[:80]}")
             try:
                 value.isascii() or value.encode()
             except UnicodeEncodeError as error:

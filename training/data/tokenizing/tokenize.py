@@ -111,6 +111,7 @@ def tokenize_corpus(
     job = Job(str(target.work / SHARDS), backend, dtype, config.eos_token_id, fields, rule)
     # The processes come first, as a lock that they inherit would outlive this one.
     with ShardWorkers(job, min(num_proc or _num_cores(), len(tasks))) as workers, target.locked():
+        target.give_back()
         if not _is_finished(target):  # another run may have come to its end meanwhile
             if not resume:
                 (target.home / JOURNAL).unlink(missing_ok=True)
