@@ -188,8 +188,8 @@ class GrowingCorpus:
         while (number := len(self.appended)) in self.made:
             before = {name: len(file.hashes) for name, file in self.files.items()}
             tokens, lengths = (shard_path(self.shards, number, name) for name in SHARD_FILES)
-            with tokens.open("rb") as file:
-                while content := file.read(COPIED_AT_ONCE):
+            with tokens.open("rb") as shard:
+                while content := shard.read(COPIED_AT_ONCE):
                     self.files[TOKENS_FILE].append(content)
             ends = np.fromfile(lengths, np.int64).cumsum() + self.num_tokens
             self.files[BOUNDARIES_FILE].append(ends.tobytes())
@@ -214,8 +214,9 @@ class GrowingCorpus:
 
     def close(self) -> None:
         """Close all files."""
-        for file in (*self.files.values(), self.journal):
+        for file in self.files.values():
             file.close()
+        self.journal.close()
 
     def _log(self, line: dict[str, Any]) -> None:
         self.journal.write(json.dumps(line) + "\n")

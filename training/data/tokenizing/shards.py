@@ -128,14 +128,16 @@ class ShardMaker:
 
     def _strings(self, piece: Piece, number: int, record: Record) -> list[str]:
         """Return the fields of a record; ValueError if one is no string, or holds what is no text."""
-        values = [record.get(field) for field in self.job.fields]
-        for field, value in zip(self.job.fields, values, strict=True):
+        values: list[str] = []
+        for field in self.job.fields:
+            value = record.get(field)
             if not isinstance(value, str):
                 raise ValueError(f"{place_of(piece, number)} must have a string in {field!r}, got {repr(value)[:80]}")
             try:
                 value.isascii() or value.encode()
             except UnicodeEncodeError as error:
                 raise ValueError(f"{place_of(piece, number)} holds half a surrogate pair in {field!r}") from error
+            values.append(value)
         return values
 
 
