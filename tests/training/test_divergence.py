@@ -103,7 +103,7 @@ def test_the_message_of_stop_tells_a_range_that_goes_on(model_folder, tmp_path):
     with pytest.raises(DivergenceError) as caught:
         trainer.train()
     ranges = json.loads(str(caught.value).split("skip_data_ranges=")[1].split(",")[0])
-    going_on = poisoned_trainer(model_folder, tmp_path, overflow=True, max_steps=2, skip_data_ranges=ranges)
+    going_on = poisoned_trainer(model_folder, tmp_path, overflow=True, max_steps=3, skip_data_ranges=ranges)
     step = int(ranges[0].split("-")[0])
     assert step not in poisoned_steps(going_on)[:1] or step > 2
 
@@ -141,7 +141,7 @@ def test_lower_alpha_halves_it_from_then_on(model_folder, tmp_path):
 
 
 def test_lower_alpha_begins_at_the_models_own(model_folder, tmp_path):
-    trainer = poisoned_trainer(model_folder, tmp_path, overflow=True, divergence_action="lower_alpha", max_steps=3)
+    trainer = poisoned_trainer(model_folder, tmp_path, overflow=True, divergence_action="lower_alpha", max_steps=4)
     trainer.model.config.embedding_gradient_shrink = 0.6
     trainer.train()
     assert trainer.model.config.embedding_gradient_shrink == pytest.approx(

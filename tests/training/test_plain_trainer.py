@@ -76,9 +76,9 @@ def test_label_smoothing_is_that_of_torch_in_both_trainers(model_folder, tmp_pat
     loss = cross_entropy(model(**inputs_of(batch)).logits.mT, batch["shift_labels"], label_smoothing=0.3)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    assert logged(ours, *BOTH)[0] == pytest.approx([loss.item(), norm.item()], rel=1e-6)
+    assert logged(ours, *BOTH)[0] == pytest.approx([loss.item(), norm.item()], rel=1e-5)
     for found, expected in zip(logged(plain, *BOTH), logged(ours, *BOTH), strict=True):
-        assert found == pytest.approx(expected, rel=2e-6)
+        assert found == pytest.approx(expected, rel=1e-5)
     assert plain.evaluate(Texts(8))["eval_loss"] == pytest.approx(ours.evaluate(Texts(8))["eval_loss"], rel=1e-5)
 
 

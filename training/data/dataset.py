@@ -37,7 +37,7 @@ class CorpusRows:
     """
 
     def __init__(self, corpus: TokenFile, recipe: InfillingRecipe, join_documents: bool, key: int) -> None:
-        self.corpus, self.key = corpus, key
+        self.corpus, self.join_documents, self.key = corpus, join_documents, key
         self.layout: JoinedRows | SeparateRows
         if join_documents and not self.is_instructions:
             self.layout = JoinedRows(corpus.facts["num_tokens"], recipe, key_of(key, 0))

@@ -46,6 +46,8 @@ class FP32GradientsEngine(PipelineEngine):
     def _exec_reduce_tied_grads(self) -> None:
         """Add up the gradients of weights that several stages hold."""
         for weight, group in self.module.get_tied_weights_and_groups():
+            if not weight.requires_grad:
+                continue
             gradient = self.optimizer.get_param_gradient_attribute(weight)
             if gradient is not None:
                 comm.all_reduce(gradient, group=group)

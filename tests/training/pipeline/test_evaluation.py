@@ -75,7 +75,7 @@ def test_processes_predict_as_one_does(deep_folder, tmp_path, degrees):
         assert predicted.predictions.shape == whole.predictions.shape
         assert predicted.predictions.dtype == whole.predictions.dtype
         np.testing.assert_allclose(predicted.predictions[is_target], whole.predictions[is_target], atol=CLOSE)
-        assert steps == 2 * 3  # batches of a replica
+        assert steps == 2 * 6 // degrees["dp_size"]  # batches of a replica
 
 
 def test_every_option_of_metrics_has_the_effect_of_one_process(deep_folder, tmp_path):

@@ -1,68 +1,42 @@
-"""Runs that torchrun's agent starts again, `--max-restarts`, after a process has died."""
+"""Runs that torchrun starts again, `--max-restarts`, after a process has died."""
 
+import json
 import os
-import signal
+import subprocess
+import sys
 from pathlib import Path
 
-import pytest
-import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
-from forked import run_ranks, start, wait
-from pipeline_runs import make_3d_trainer
+SUPPORT = Path(__file__).parents[2] / "support"
+RUN = """
+import json, os, signal, sys
+from pathlib import Path
 from small_runs import losses, make_trainer
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-SETTINGS = {"max_steps": 5, "save_strategy": "steps", "save_steps": 1, "async_save": True}
-DEGREES = {"tp_size": 1, "pp_size": 2, "dp_size": 1}
-
-
 class DieOnce(TrainerCallback):
-    """Kills one process at the end of the third step, before anything was started again."""
-
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        if state.global_step == 3 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    def on_step_end(self, args, state, control, **kwargs):
+        attempt = os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"]
+        if state.global_step == 3 and attempt == ("0", "1") and sys.argv[3] == "dies":
             os.kill(os.getpid(), signal.SIGKILL)
 
+model, folder = map(Path, sys.argv[1:3])
+saving = {"save_strategy": "steps", "save_steps": 1, "async_save": True}
+trainer = make_trainer(model, folder, max_steps=5, callbacks=[DieOnce()], **saving)
+trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
+file = folder.parent / f"{folder.name}-{os.environ['RANK']}.json"
+file.write_text(json.dumps([os.environ["TORCHELASTIC_RESTART_COUNT"], losses(trainer)]))
+"""
 
-@pytest.mark.parametrize("is_3d", [False, True], ids=["ddp", "3d"])
-def test_a_run_that_is_started_again_resumes_alone(request, model_folder, tmp_path, is_3d):
-    folder = tmp_path / "run"
-    source = request.getfixturevalue("deep_folder") if is_3d else model_folder
 
-    def train(folder: Path, callbacks: tuple[TrainerCallback, ...] = ()) -> tuple[int, list[float]]:
-        trainer = (
-            make_3d_trainer(source, folder, DEGREES, **SETTINGS) if is_3d else make_trainer(source, folder, **SETTINGS)
-        )
-        for callback in callbacks:
-            trainer.add_callback(callback)
-        last = get_last_checkpoint(folder) if folder.is_dir() else None
-        trainer.train(resume_from_checkpoint=last)
-        return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), losses(trainer)
-
-    def worker() -> tuple[int, list[float]]:
-        torch.set_num_threads(1)
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._reset_state()
-        return train(folder, (DieOnce(),))
-
-    def launch() -> dict[int, tuple[int, list[float]]]:
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=2,
-            max_restarts=2,
-            run_id="restarts",
-            rdzv_backend="c10d",
-            rdzv_endpoint="127.0.0.1:0",
-            local_addr="127.0.0.1",
-            monitor_interval=0.1,
-            start_method="fork",
-        )
-        return elastic_launch(config, worker)()
-
-    (tmp_path / "undisturbed").mkdir()
-    undisturbed = run_ranks(lambda rank: train(tmp_path / "undisturbed" / "run"), 2, tmp_path / "undisturbed")
-    restarted = wait(start(launch, tmp_path / "result"), tmp_path / "result")
-    assert restarted == {rank: (1, found) for rank, (_, found) in enumerate(undisturbed)}
+def test_a_run_that_is_started_again_resumes_alone(model_folder, tmp_path):
+    (tmp_path / "run.py").write_text(RUN)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1"]
+    torchrun += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--monitor-interval=0.1"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(SUPPORT), os.environ.get("PYTHONPATH", "")))}
+    for name in ("dies", "lives"):
+        command = [*torchrun, str(tmp_path / "run.py"), str(model_folder), str(tmp_path / name), name]
+        subprocess.run(command, env=environment, capture_output=True, check=True, timeout=300)
+    expected = json.loads((tmp_path / "lives-0.json").read_text())[1]
+    for rank in (0, 1):
+        assert json.loads((tmp_path / f"dies-{rank}.json").read_text()) == ["1", expected]
