@@ -15,6 +15,7 @@ from glm_hf.cli import main
 from glm_hf.folders.atomic import exclusive
 from glm_hf.folders.records import facts_of_files
 from glm_hf.training import GLMTrainingArguments
+from glm_hf.training.data.random_numbers import key_of
 from glm_hf.training.launch import build_trainer, train_run
 from glm_hf.training.run_config import RunConfig, fields_of
 
@@ -307,7 +308,7 @@ def test_weights_and_kinds_of_every_corpus_arrive(settings, tmp_path, corpus):
     trainer = build_trainer(RunConfig.read(write(settings, tmp_path)))
     assert trainer.train_dataset.weights.tolist() == [1, 2]
     assert [rows.join_documents for rows in trainer.train_dataset.rows] == [False, True]
-    assert [rows.seed for rows in trainer.train_dataset.rows] == [(7, 0), (7, 1)]
+    assert [rows.key for rows in trainer.train_dataset.rows] == [key_of(7, 0), key_of(7, 1)]
     assert trainer.data_collator.seed == 7
     assert len(trainer.eval_dataset.rows) == 1
 
