@@ -4,7 +4,6 @@ A layer computes `a = LN(x); h = alpha * a + Attention(a); m = LN(h); y = alpha 
 `alpha = sqrt(2 * num_hidden_layers)`: residuals start from the normed states.
 
 Shapes: `B` batch, `L` length, `D` hidden, `H` heads, `K` head dim, `F` inner width of the MLP, `V` vocabulary.
-
 Layout of the weights (all linears have a bias, the LM head has none):
     embed_tokens.weight                (V, D)   also the LM head when tied
     attention.query_key_value.weight   (3D, D)  per head: K rows of query, K of key, K of value
@@ -100,21 +99,9 @@ class GLMAttention(nn.Module):
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: Mask,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        past_key_values: Cache | None = None,
-        context_length: int | None = None,
-        drops_context: bool = False,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attend from `(B, L, D)` to itself and the cache; arguments as in `GLMLayer.forward`."""
-        qkv = self.query_key_value(hidden_states)  # (B, L, 3D)
-        return self.attend(
-            qkv, attention_mask, position_embeddings, past_key_values, context_length, drops_context, **kwargs
-        )
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
+        """Attend from `(B, L, D)` to itself and the cache; other arguments as in `GLMLayer.forward`."""
+        return self.attend(self.query_key_value(hidden_states), *args, **kwargs)  # (B, L, 3D)
 
     def attend(
         self,

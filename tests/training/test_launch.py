@@ -309,8 +309,7 @@ def test_weights_and_kinds_of_every_corpus_arrive(settings, tmp_path, corpus):
     assert trainer.train_dataset.weights.tolist() == [1, 2]
     assert [rows.join_documents for rows in trainer.train_dataset.rows] == [False, True]
     assert [rows.key for rows in trainer.train_dataset.rows] == [key_of(7, 0), key_of(7, 1)]
-    assert trainer.data_collator.seed == 7
-    assert len(trainer.eval_dataset.rows) == 1
+    assert (trainer.data_collator.seed, len(trainer.eval_dataset.rows)) == (7, 1)
 
 
 def test_instructions_are_five_percent_by_default(settings, tmp_path, corpus):

@@ -31,7 +31,6 @@ from glm_hf.rotary_glm import GLMRotaryEmbedding
 from glm_hf.sharding.degrees import ParallelDegrees
 from glm_hf.training.data.blanks import IGNORED
 from glm_hf.training.pipeline.collectives import TensorGroup, gather_sequence
-from glm_hf.training.pipeline.lora import LoRAPlan
 from glm_hf.training.pipeline.recomputation import GRANULARITIES, set_recomputation
 from glm_hf.training.pipeline.tensor_parallel import VocabParallelEmbedding, mark_sharded, shard_layer
 
@@ -103,7 +102,7 @@ class GLMPipeline(PipelineModule):
         self.observe: Callable[..., None] | None = None
         self.collect: Callable[[torch.Tensor, torch.Tensor], None] | None = None
         self.label_smoothing = 0.0
-        self.adapter: LoRAPlan | None = None
+        self.adapter: Any = None
         self.rotary_emb = GLMRotaryEmbedding(config).to(next(self.parameters()).device)
         self._num_parameters = whole.num_parameters()
 
