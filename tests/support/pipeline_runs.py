@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from forked import run_ranks
-from small_runs import RECIPE, Texts, make_arguments
+from forked import run_ranks, start, wait
+from small_runs import RECIPE, Texts, make_arguments, make_trainer
 
 from glm_hf import GLMConfig, GLMForBlankInfilling
 from glm_hf.sharding.degrees import ParallelDegrees
@@ -93,6 +93,18 @@ def train_3d(model: Path, folder: Path, degrees: dict, *, resume: Path | None = 
     return same_on_all(rank_main, degrees, folder)
 
 
+def train_alone(model: Path, folder: Path, **changes: Any) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    """Train in one process, and return what was logged, and the weights at the end."""
+
+    def whole() -> list[dict]:
+        trainer = make_trainer(model, folder / "run", eval_dataset=Texts(EVALUATED), **(SETTINGS | changes))
+        trainer.train()
+        trainer.save_model(str(folder / "model"))
+        return [without_times(entry) for entry in trainer.state.log_history]
+
+    return wait(start(whole, folder / "result"), folder / "result"), weights_of(folder / "model")
+
+
 def same_on_all(rank_main: Callable[[int], Any], degrees: dict, folder: Path) -> Any:
     """Run a function on as many processes as degrees tell, and return what all of them return."""
     folder.mkdir(exist_ok=True, parents=True)
@@ -108,3 +120,10 @@ def without_times(entry: dict) -> dict:
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     model = GLMForBlankInfilling.from_pretrained(folder, dtype=torch.float32)
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def largest_difference(folder: Path, weights: dict[str, torch.Tensor]) -> float:
+    """Return how far the weights of a folder are from others."""
+    found = weights_of(folder)
+    assert found.keys() == weights.keys()
+    return max(float((found[name] - weights[name]).abs().max()) for name in weights)

@@ -2,7 +2,6 @@
 
 import json
 from itertools import pairwise
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,11 +10,13 @@ from forked import run_ranks, start, wait
 from pipeline_runs import (
     EVALUATED,
     SETTINGS,
+    largest_difference,
     logs_of,
     make_3d_trainer,
     same_on_all,
     save_deep_model,
     train_3d,
+    train_alone,
     weights_of,
     without_times,
 )
@@ -36,15 +37,7 @@ EXACT = 1e-5  # of losses, norms and weights: sums in another order
 @pytest.fixture(scope="module")
 def alone(deep_folder, tmp_path_factory):
     """What one process logs and the weights it ends with."""
-    folder = tmp_path_factory.mktemp("alone")
-
-    def train():
-        trainer = make_trainer(deep_folder, folder / "run", eval_dataset=Texts(EVALUATED), **(SETTINGS | SAVING))
-        trainer.train()
-        trainer.save_model(str(folder / "model"))
-        return [without_times(entry) for entry in trainer.state.log_history]
-
-    return wait(start(train, folder / "result"), folder / "result"), weights_of(folder / "model")
+    return train_alone(deep_folder, tmp_path_factory.mktemp("alone"), **SAVING)
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +53,6 @@ def compare(found: list[dict], expected: list[dict], tolerance: float) -> None:
     for mine, theirs in zip(found, expected, strict=True):
         assert mine.keys() == theirs.keys()
         assert mine == pytest.approx(theirs, abs=tolerance), theirs["step"]
-
-
-def largest_difference(folder: Path, weights: dict[str, torch.Tensor]) -> float:
-    found = weights_of(folder)
-    assert found.keys() == weights.keys()
-    return max(float((found[name] - weights[name]).abs().max()) for name in weights)
 
 
 def steps(history: list[dict]) -> list[dict]:

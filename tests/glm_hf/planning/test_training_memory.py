@@ -3,8 +3,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from memory_peaks import peak_of
 from torch.autograd.graph import saved_tensors_hooks
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 from glm_hf import GLMConfig, GLMForBlankInfilling
@@ -201,19 +201,6 @@ def test_update_in_fp32_has_gradients_twice():
     second = sum(matrices[4:]) + sum(vectors[9:])
     updating = 4 * max(first, second) + max(4 * sum(halves), 8 * largest)
     assert memory.moments["updating"] == memory.weights + memory.optimizer + updating
-
-
-def peak_of(work):
-    """Return the most bytes that the CPU's allocator has given out during some work."""
-    work()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        work()
-    now = most = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            most = max(most, now)
-    return most
 
 
 @pytest.mark.parametrize("is_sliced", [False, True])

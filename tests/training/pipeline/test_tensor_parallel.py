@@ -19,29 +19,33 @@ CONFIG = GLMConfig(
 )  # fmt: skip
 
 
-def in_group(function, size: int, folder) -> list:
+def in_group(function, size: int, folder, sequence_parallel: bool = False) -> list:
     """Run `function(ranks)` on as many processes."""
 
     def rank_main(rank: int):
         dist.init_process_group("gloo")
         torch.manual_seed(0)
-        return function(TensorGroup(size, rank, dist.group.WORLD))
+        return function(TensorGroup(size, rank, dist.group.WORLD, sequence_parallel))
 
     return run_ranks(rank_main, size, folder)
 
 
+@pytest.mark.parametrize("is_sliced", [False, True])
 @pytest.mark.parametrize("size", [2, 3])
-def test_a_cut_layer_computes_what_the_whole_one_does(tmp_path, size):
-    """Outputs, the gradient of the input, and each rank's part of every gradient."""
+def test_a_cut_layer_computes_what_the_whole_one_does(tmp_path, size, is_sliced):
+    """Outputs, the gradient of the input, each rank's part of every gradient; of slices, sums of what ranks share."""
     CONFIG._attn_implementation = "eager"
     torch.manual_seed(1)
     whole = GLMLayer(CONFIG, 1).double()
-    inputs = torch.randn(2, 5, 24, dtype=torch.float64, requires_grad=True)
-    positions = (torch.randn(2, 5, 4, dtype=torch.float64), torch.randn(2, 5, 4, dtype=torch.float64))
+    inputs = torch.randn(2, 6, 24, dtype=torch.float64, requires_grad=True)
+    positions = (torch.randn(2, 6, 4, dtype=torch.float64), torch.randn(2, 6, 4, dtype=torch.float64))
     outputs = whole(inputs, position_embeddings=positions)
     weight = torch.randn_like(outputs)
     (outputs * weight).sum().backward()
     expected = {name: parameter.grad for name, parameter in whole.named_parameters()}
+
+    def part_of(tensor: torch.Tensor, rank: int) -> torch.Tensor:
+        return tensor.chunk(size, 1)[rank] if is_sliced else tensor
 
     def of_rank(ranks):
         with torch.device("meta"):
@@ -50,18 +54,21 @@ def test_a_cut_layer_computes_what_the_whole_one_does(tmp_path, size):
         with torch.no_grad():
             for name, parameter in layer.named_parameters():
                 parameter.copy_(shard_rule(name).split(whole.get_parameter(name), size)[ranks.rank])
-        mine = inputs.detach().clone().requires_grad_()
+        mine = part_of(inputs.detach(), ranks.rank).clone().requires_grad_()
         found = layer(mine, position_embeddings=positions)
-        (found * weight).sum().backward()
+        (found * part_of(weight, ranks.rank)).sum().backward()
         mark_sharded(layer, "", ranks)
         cut = {name: parameter.tensor_model_parallel for name, parameter in layer.named_parameters()}
         gradients = {name: parameter.grad for name, parameter in layer.named_parameters()}
         return found.detach(), mine.grad, gradients, cut
 
-    for rank, (found, input_gradient, gradients, cut) in enumerate(in_group(of_rank, size, tmp_path)):
-        assert torch.allclose(found, outputs, atol=1e-12)
-        assert torch.allclose(input_gradient, inputs.grad, atol=1e-12)
+    of_ranks = in_group(of_rank, size, tmp_path, is_sliced)
+    for rank, (found, input_gradient, gradients, cut) in enumerate(of_ranks):
+        assert torch.allclose(found, part_of(outputs, rank), atol=1e-12)
+        assert torch.allclose(input_gradient, part_of(inputs.grad, rank), atol=1e-12)
         for name, gradient in gradients.items():
+            if is_sliced and not cut[name]:
+                gradient = sum(others[name] for _, _, others, _ in of_ranks)
             assert torch.allclose(gradient, shard_rule(name).split(expected[name], size)[rank], atol=1e-12), name
         kept_whole = {name for name, is_cut in cut.items() if not is_cut}
         norms = {name for name in cut if "layernorm" in name}
