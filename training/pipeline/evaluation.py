@@ -6,7 +6,7 @@ micro-batch, and moves what metrics are to see of them to host memory before it 
 Shapes: `B` rows, `L` length, `D` hidden, `V` vocabulary, `n` tensor-parallel ranks.
 """
 
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple, cast
 
@@ -37,19 +37,15 @@ class PipelineEvaluationTrainer(GLMTrainer):
     Attributes:
         parallel: Degrees of parallelism.
         engine: Engine of the pipeline, after `make_engine`.
+        make_engine: Returns the engine, made when it is first needed.
+        _prepared: Returns the micro-batches of some pieces, batches with their factors, as the engine takes them.
     """
 
     parallel: ParallelDegrees
     engine: Any
+    make_engine: Callable[[], Any]
+    _prepared: Callable[[Sequence[tuple[Batch, float]]], Any]
     control: Any
-
-    def make_engine(self) -> Any:
-        """Return the engine, made when it is first needed."""
-        raise NotImplementedError
-
-    def _prepared(self, pieces: Sequence[tuple[Batch, float]]) -> Any:
-        """Return the micro-batches of some pieces as the engine takes them."""
-        raise NotImplementedError
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Return a loader of this replica's share of the batches, in turns."""
