@@ -64,9 +64,10 @@ class ModelSection:
         require_known(section.overrides, tuple(GLMConfig().to_dict()), "keys of overrides")
         if section.quantization is None:
             return section
-        quantization = dict(section.quantization)
+        if not isinstance(section.quantization, dict):
+            raise ValueError(f"quantization must be keys with values, got {shortened(repr(section.quantization))}")
         try:
-            return dataclasses.replace(section, quantization=GLMQuantizationConfig(**quantization))
+            return dataclasses.replace(section, quantization=GLMQuantizationConfig(**section.quantization))
         except TypeError as error:
             raise ValueError(f"keys of quantization: {error}") from error
 
@@ -103,15 +104,20 @@ class DataSection:
     def parse(cls, given: dict[str, Any]) -> "DataSection":
         """Return the section of a file; ValueError if keys are unknown or missing, or values impossible."""
         require_known(given, DATA_KEYS, "keys of data")
-        if not isinstance(given.get("train"), list):
-            raise ValueError("the file needs data: train, a list of corpora")
-        return cls(
+        for part in ("train", "eval") if "eval" in given else ("train",):
+            if not isinstance(given.get(part), list):
+                raise ValueError(f"the file needs data: {part}, a list of corpora")
+        cache = given.get("cache", "tokenized")
+        if not isinstance(cache, str):
+            raise ValueError(f"cache must be a folder, got {shortened(repr(cache))}")
+        section = {
             **{part: cls._corpora(given.get(part, [])) for part in ("train", "eval")},
-            cache=Path(given.get("cache", "tokenized")),
-            recipe=fields_of(InfillingRecipe, given.get("recipe", {}), "keys of recipe"),
-            instruction_share=PiecewiseLinear.of(given.get("instruction_share", DEFAULT_INSTRUCTION_SHARE)),
-            seed=given.get("seed"),
-        )
+            "cache": Path(cache),
+            "recipe": fields_of(InfillingRecipe, given.get("recipe", {}), "keys of recipe"),
+            "instruction_share": PiecewiseLinear.of(given.get("instruction_share", DEFAULT_INSTRUCTION_SHARE)),
+            "seed": given.get("seed"),
+        }
+        return fields_of(cls, section, "keys of data")
 
     @staticmethod
     def _corpora(given: list[dict[str, Any]]) -> tuple[CorpusSource, ...]:
@@ -209,8 +215,10 @@ def fields_of(kind: type[Fields], given: dict[str, Any], what: str) -> Fields:
     require_known(given, tuple(each.name for each in dataclasses.fields(kind) if each.init), what)  # type: ignore[arg-type]
     types = get_type_hints(kind)
     for name, value in given.items():
-        kinds = set(get_args(types[name]) if get_origin(types[name]) in (Union, UnionType) else [types[name]])
-        if kinds <= WORDS.keys() and not isinstance(value, tuple(kinds | ({int} if float in kinds else set()))):
+        union = get_origin(types[name]) in (Union, UnionType)
+        kinds = [get_origin(kind) or kind for kind in (get_args(types[name]) if union else (types[name],))]
+        taken = tuple(kinds) + ((int,) if float in kinds else ())
+        if WORDS.keys() >= set(kinds) and not isinstance(value, taken):
             wanted = " or ".join(dict.fromkeys(WORDS[kind] for kind in kinds))
             raise ValueError(f"{name} must be {wanted}, got {shortened(repr(value))}")
     try:

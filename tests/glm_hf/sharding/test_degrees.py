@@ -42,7 +42,7 @@ def test_ranks_are_numbered_as_deepspeed_does():
         ({"tp_size": 0}, "tp_size must be an integer of at least 1, got 0"),
         ({"pp_size": "two"}, "pp_size must be an integer of at least 1, got 'two'"),
         ({"dp_size": True}, "dp_size must be an integer"),
-        ({"tp": 2}, "parallel takes tp_size, pp_size, dp_size, partition, got"),
+        ({"tp": 2}, "parallel takes tp_size, pp_size, dp_size, partition, sequence_parallel, got"),
         ([2, 2, 2], "parallel takes tp_size"),
         ({"pp_size": 2, "partition": [3]}, r"partition must have a value per stage \(2\), got 1"),
         ({"pp_size": 2, "partition": [3, 0]}, "at least 1 layer"),

@@ -32,11 +32,13 @@ file.write_text(json.dumps([os.environ["TORCHELASTIC_RESTART_COUNT"], losses(tra
 def test_a_run_that_is_started_again_resumes_alone(model_folder, tmp_path):
     (tmp_path / "run.py").write_text(RUN)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1"]
-    torchrun += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--monitor-interval=0.1"]
+    torchrun += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
+    torchrun += ["--monitor-interval=0.1"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(SUPPORT), os.environ.get("PYTHONPATH", "")))}
     for name in ("dies", "lives"):
         command = [*torchrun, str(tmp_path / "run.py"), str(model_folder), str(tmp_path / name), name]
-        subprocess.run(command, env=environment, capture_output=True, check=True, timeout=300)
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr[-5000:]
     expected = json.loads((tmp_path / "lives-0.json").read_text())[1]
     for rank in (0, 1):
         assert json.loads((tmp_path / f"dies-{rank}.json").read_text()) == ["1", expected]
