@@ -19,6 +19,7 @@ from glm_hf.folders.validation import (
     require_matching_tokenizer,
 )
 from glm_hf.quantization.configuration import GLMQuantizationConfig
+from glm_hf.sharding.restarts import require_fresh_store
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ def placement(device: str | None) -> dict[str, Any]:
         return {"device_map": device or "auto"}
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     if not torch.distributed.is_initialized():
+        require_fresh_store()
         torch.distributed.init_process_group("nccl" if kind == "cuda" else "gloo")
     return {"distributed_config": {"tp_size": num_ranks(), "tp_plan": "auto"}}
 

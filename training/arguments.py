@@ -16,6 +16,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import SchedulerType
 
 from glm_hf.sharding.degrees import ParallelDegrees
+from glm_hf.sharding.restarts import require_fresh_store
 from glm_hf.training.deepspeed_zero import add_up_in_fp32
 
 SAMPLE_SCHEDULE = SchedulerType.COSINE_WITH_MIN_LR  # the default, which counts samples
@@ -95,6 +96,7 @@ class GLMTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         """Check ranges, and turn accumulation steps into samples of a step."""
+        require_fresh_store()
         if self.parallel is not None:
             self.parallel = ParallelDegrees.of(self.parallel)
             if "WORLD_SIZE" in os.environ:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from glm_hf.evaluation.samples import Sample
 from glm_hf.evaluation.scoring import Scorer
 
 NUM_SLOTS = 32
+NUM_TEXTS_KEPT = 1024
+"""Texts whose ids are remembered: choices come again, and context with every one of its continuations."""
 GREEDY = Sampling(allows_blanks=True)
 """The most likely token, whichever it is, as the original has it."""
 OnRow = Callable[[], None]
@@ -102,7 +105,7 @@ class Evaluator:
         backend = tokenizer.backend_tokenizer  # many times faster than the tokenizer around it
         backend.no_truncation()
         backend.no_padding()
-        self._encode = backend.encode
+        self._encode = lru_cache(NUM_TEXTS_KEPT)(lambda text: tuple(backend.encode(text).ids))
 
     @property
     def end_ids(self) -> list[int]:
@@ -118,7 +121,7 @@ class Evaluator:
 
     def tokenize(self, text: str) -> list[int]:
         """Return the ids of a text, nothing added and nothing left out."""
-        return list(self._encode(text).ids)
+        return list(self._encode(text))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, special tokens among them."""

@@ -1,9 +1,11 @@
 """Log-probabilities of the tokens of rows, as many rows at once as are of like length."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
+import numpy as np
 import torch
 
 from glm_hf.evaluation.samples import Sample, stack
@@ -82,19 +84,23 @@ class Scorer:
         if (last := max(max(sample.position_ids) for sample in samples)) >= window:
             raise ValueError(f"a row reaches position {last}, the model's window {window}; lower max_seq_length")
         arguments = {name: value.to(self.device) for name, value in stack(samples, self.config.pad_token_id).items()}
-        is_kept = torch.zeros(arguments["input_ids"].shape, dtype=torch.bool)
-        for index, sample in enumerate(samples):
-            is_kept[index, sample.rows] = True
-        logits = self.model(**arguments, use_cache=False, logits_to_keep=is_kept.to(self.device)).logits.float()
-        kept = is_kept.cumsum(1) - 1 + torch.nn.functional.pad(is_kept.sum(1).cumsum(0), (1, 0))[:-1, None]
-        where = torch.cat([kept[index, sample.rows] for index, sample in enumerate(samples)]).to(logits.device)
+        batch, length = arguments["input_ids"].shape
+        places = [index * length + row for index, sample in enumerate(samples) for row in sample.rows]
+        kept, where = np.unique(places, return_inverse=True)
+        is_kept = torch.zeros(batch * length, dtype=torch.bool)
+        is_kept[kept] = True
+        is_kept = is_kept.view(batch, length).to(self.device)
+        logits = self.model(**arguments, use_cache=False, logits_to_keep=is_kept).logits.float()
         targets = torch.tensor([token for sample in samples for token in sample.targets], device=logits.device)
-        total = logits.logsumexp(1)
-        log_probs = (logits[where, targets] - total[where]).cpu()
-        is_best = (logits.argmax(1)[where] == targets).cpu()
-        if not torch.isfinite(log_probs).all():
+        rows = torch.from_numpy(where).to(logits.device)
+        found = logits.log_softmax(1)[rows, targets].tolist()
+        is_best = logits[rows, targets] == logits.amax(1)[rows]
+        is_best[is_best.clone()] = logits[rows[is_best]].argmax(1) == targets[is_best]  # the first of equal ones
+        is_best = is_best.tolist()
+        if not all(map(math.isfinite, found)):
             raise ValueError("the model's scores are not finite; its weights are damaged, or too large for its dtype")
-        ends = list(accumulate((len(sample.targets) for sample in samples), initial=0))
-        for number, sample, (start, end) in zip(numbers, samples, pairwise(ends), strict=True):
-            scores = [part.tolist() for part in log_probs[start:end].split(sample.splits)]
-            yield number, scores, [bool(part.all()) for part in is_best[start:end].split(sample.splits)]
+        start = 0
+        for number, sample in zip(numbers, samples, strict=True):
+            parts = list(pairwise(accumulate(sample.splits, initial=start)))
+            yield number, [found[first:end] for first, end in parts], [all(is_best[first:end]) for first, end in parts]
+            start += len(sample.targets)

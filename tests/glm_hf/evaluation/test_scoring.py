@@ -155,3 +155,17 @@ def test_damaged_weights_are_no_score(loaded):
 def test_settings_that_do_not_go_together_are_refused(arguments, reason):
     with pytest.raises(ValueError, match=reason):
         Rule(**arguments)
+
+
+def test_of_tokens_that_are_equally_likely_the_first_is_the_most_likely(loaded):
+    model = copy.deepcopy(loaded[0])
+    context = [100, model.config.mask_token_id, 200]
+    with torch.no_grad():
+        best = int(model(torch.tensor([[*context, model.config.sop_token_id]])).logits[0, -1].argmax())
+        other = best + 1 if best < 3000 else best - 1
+        model.get_input_embeddings().weight[other] = model.get_input_embeddings().weight[best]
+        model.lm_head.weight[other] = model.lm_head.weight[best]
+    sample = choice_sample(context, [[min(best, other)], [max(best, other)], [300]], RULES[0], model.config)
+    greedy = []
+    Scorer(model).score([sample], lambda number, scores, is_greedy: greedy.extend(is_greedy))
+    assert greedy == [True, False, False]

@@ -6,6 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from glm_hf.training import GLMTrainingArguments
+
 SUPPORT = Path(__file__).parents[2] / "support"
 RUN = """
 import json, os, signal, sys
@@ -34,7 +38,8 @@ def test_a_run_that_is_started_again_resumes_alone(model_folder, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1"]
     torchrun += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
     torchrun += ["--monitor-interval=0.1"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(SUPPORT), os.environ.get("PYTHONPATH", "")))}
+    path = os.pathsep.join((str(SUPPORT), os.environ.get("PYTHONPATH", "")))
+    environment = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "PYTHONPATH": path}
     for name in ("dies", "lives"):
         command = [*torchrun, str(tmp_path / "run.py"), str(model_folder), str(tmp_path / name), name]
         result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
@@ -42,3 +47,12 @@ def test_a_run_that_is_started_again_resumes_alone(model_folder, tmp_path):
     expected = json.loads((tmp_path / "lives-0.json").read_text())[1]
     for rank in (0, 1):
         assert json.loads((tmp_path / f"dies-{rank}.json").read_text()) == ["1", expected]
+
+
+def test_a_store_that_outlives_its_processes_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "0")
+    GLMTrainingArguments(output_dir=str(tmp_path))
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    with pytest.raises(ValueError, match="set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        GLMTrainingArguments(output_dir=str(tmp_path))
