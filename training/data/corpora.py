@@ -1,15 +1,13 @@
-"""Corpora as people have them, tokenized once: JSONL and Parquet files, and datasets on the Hub."""
+"""Corpora as people have them, tokenized once: files, and datasets on the Hub."""
 
 import glob
 import hashlib
 import json
-import zlib
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-import fsspec
 from filelock import FileLock
 from tqdm import tqdm
 
@@ -18,11 +16,13 @@ from glm_hf.folders.atomic import remove_leftovers
 from glm_hf.folders.validation import require_matching_tokenizer
 from glm_hf.tokenization_glm import GLMTokenizer
 from glm_hf.training.data.token_file import FACTS_FILE, TokenFile, open_token_file, require_ids, write_token_file
+from glm_hf.training.data.tokenizing.encoder import fingerprint
 from glm_hf.training.data.tokenizing.instructions import InstructionRule
+from glm_hf.training.data.tokenizing.records import MOST_RECORD_BYTES
+from glm_hf.training.data.tokenizing.sources import find_sources, kind_of
+from glm_hf.training.data.tokenizing.tokenize import RecordRule, tokenize_files
 
 DOCUMENTS_AT_ONCE = 1000
-SCANNED_AT_ONCE = 2**20
-READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class CorpusSource:
     Where a corpus comes from and how it is used.
 
     Args:
-        path: File, folder or pattern of `.jsonl`, `.json` or `.parquet` files (also with `.gz` or `.zst` behind), name
-            of a dataset on the Hub, or a folder that was tokenized before.
+        path: File, folder or pattern of files that `tokenize_corpus` takes, name of a dataset on the Hub, or a folder
+            that was tokenized before.
         weight: Share of the tokens among texts, or among instructions, in proportion to the other weights; by default
             the number of its tokens, so that every corpus is seen equally often.
         join_documents: Whether documents are joined to full rows, or stay samples of their own.
@@ -42,8 +42,7 @@ class CorpusSource:
         truncate_inputs: Whether to leave out the beginning of inputs that do not fit a row, which is an error else.
         name: Configuration of a dataset on the Hub.
         split: Split of a dataset on the Hub.
-        max_record_size: Longest record in bytes; a longer one is an error, as the tokenizer takes some hundred times
-            the memory.
+        max_record_size: Longest record in bytes; a longer one is an error.
 
     Raises:
         ValueError: If the weight or the size is not above 0.
@@ -58,7 +57,7 @@ class CorpusSource:
     truncate_inputs: bool = False
     name: str | None = None
     split: str = "train"
-    max_record_size: int = 8 * 2**20
+    max_record_size: int = MOST_RECORD_BYTES
 
     def __post_init__(self) -> None:
         """Check the numbers."""
@@ -106,13 +105,19 @@ def load_corpus(
     }
     del origin["max_record_size"]  # which does not change ids
     digest = hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:16]
-    folder = Path(cache) / f"{Path(source.path).name.replace('*', '')}-{digest}"
+    name = Path(source.path).name.replace("*", "")
+    folder = Path(cache) / f"{name}-{digest}"
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.parent / ".lock"):  # of several processes, one tokenizes and the others wait
             remove_leftovers(folder.parent)
-            if not folder.exists():
-                reader = _Reader(source, files, tokenizer, config, row_length)
+            remove_versions(folder, name)
+            if files and not folder.exists():
+                fields = source.text, source.inputs, source.targets
+                records = RecordRule(*fields, row_length, source.truncate_inputs, source.max_record_size)
+                tokenize_files(files, folder, tokenizer, config, records, source.path)
+            elif not folder.exists():
+                reader = _HubReader(source, tokenizer, config, row_length)
                 facts = {"kind": reader.kind, "source": source.path, "tokenizer": fingerprint(tokenizer)}
                 write_token_file(folder, reader.parts(), facts, config.vocab_size)
     corpus = open_token_file(folder)
@@ -128,98 +133,32 @@ def _require_ids(corpus: TokenFile, config: GLMConfig) -> None:
 
 def find_files(path: str) -> list[Path]:
     """Return the files of a path, folder or pattern in the order of their names; none for the name of a dataset."""
-    is_local = Path(path).exists() or any(letter in path for letter in "*?[") or reader_of(path)
+    is_local = Path(path).exists() or any(letter in path for letter in "*?[") or kind_of(path) is not None
     if not is_local and len(Path(path).parts) <= 2 and not path.startswith((".", "/")):
         return []
-    found = [Path(path)] if Path(path).is_file() else [Path(name) for name in glob.glob(path)]
-    if Path(path).is_dir():
-        found = [file for file in Path(path).rglob("*") if reader_of(file.name) and file.name != FACTS_FILE]
-    if not found:
-        raise FileNotFoundError(f"there are no corpus files at {path}")
-    if unknown := [file for file in found if not reader_of(file.name)]:
-        raise ValueError(f"{unknown[0]} must end in {', '.join(READERS)}, or these with .gz or .zst behind")
-    if len({reader_of(file.name) for file in found}) > 1:
-        raise ValueError(f"{path} mixes JSON and Parquet files; give them as two corpora")
-    return sorted(found)
+    return find_sources([path])
 
 
-def reader_of(name: str) -> str | None:
-    """Return which reader of `datasets` takes a file of this name."""
-    suffixes = [suffix for suffix in Path(name).suffixes if suffix not in (".gz", ".zst")]
-    return READERS.get(suffixes[-1]) if suffixes else None
+def remove_versions(folder: Path, name: str) -> None:
+    """Remove what was written, by processes that were killed, of other versions of a corpus."""
+    for home in folder.parent.glob(f".{glob.escape(name)}-*.partial"):
+        if home.name != f".{folder.name}.partial":
+            shutil.rmtree(home)
 
 
-def fingerprint(tokenizer: GLMTokenizer) -> str:
-    """Return a digest of everything that turns text into ids."""
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    state |= {"padding": None, "truncation": None}  # what the last call has set
-    return hashlib.sha256(json.dumps(state).encode()).hexdigest()
+class _HubReader:
+    """The documents of a dataset on the Hub as token ids."""
 
-
-def require_short_lines(file: Path, most_bytes: int) -> None:
-    """
-    Check that no line of a JSON file is longer than the reader can bear; what cannot be read is left to the reader.
-
-    Raises:
-        ValueError: If a line has more than `most_bytes` bytes.
-    """
-    number, length = 1, 0
-    for block in _read_blocks(file):
-        *ended, rest = block.split(b"\n")
-        for line in ended:
-            if length + len(line) > most_bytes:
-                break
-            number, length = number + 1, 0
-        else:
-            length += len(rest)
-            if length <= most_bytes:
-                continue
-        raise ValueError(
-            f"line {number} of {file} has more than {most_bytes:,} bytes; split it, or raise max_record_size"
-        )
-
-
-def _read_blocks(file: Path) -> Iterator[bytes]:
-    """Yield the content of a file, decompressed, as far as it can be read."""
-    try:
-        with fsspec.open(str(file), "rb", compression="infer") as content:
-            while block := content.read(SCANNED_AT_ONCE):
-                yield block
-    except (OSError, EOFError, zlib.error):
-        return
-
-
-def find_bad_line(file: Path) -> str | None:
-    """Tell which line of a JSONL file is no JSON object; None for an array, and for what cannot be looked into."""
-    with fsspec.open(str(file), "rb", compression="infer") as lines:
-        try:
-            for number, line in enumerate(lines, 1):
-                if number == 1 and line.startswith(b"["):
-                    return None
-                if line.strip() and not isinstance(json.loads(line), dict):
-                    return f"line {number} of {file} must be a JSON object, got {line[:40]!r}"
-        except (OSError, EOFError):
-            return None
-        except (ValueError, RecursionError) as reason:
-            return f"line {number} of {file} is not JSON: {reason}"
-    return None
-
-
-class _Reader:
-    """The documents of a source as token ids."""
-
-    def __init__(
-        self, source: CorpusSource, files: list[Path], tokenizer: GLMTokenizer, config: GLMConfig, row_length: int
-    ) -> None:
-        self.source, self.files, self.tokenizer, self.config = source, files, tokenizer, config
+    def __init__(self, source: CorpusSource, tokenizer: GLMTokenizer, config: GLMConfig, row_length: int) -> None:
+        self.source, self.tokenizer, self.config = source, tokenizer, config
         self.rule = InstructionRule(config, row_length, source.targets, source.truncate_inputs)
-        for file in files if files and reader_of(files[0].name) == "json" else ():
-            require_short_lines(file, source.max_record_size)
         try:
-            self.dataset = self._open()
+            from datasets import load_dataset
+        except ImportError as error:
+            raise ValueError("datasets are read by the package of that name: pip install datasets") from error
+        try:
+            self.dataset = load_dataset(source.path, source.name, split=source.split, streaming=True)
             first = next(iter(self.dataset), None)
-        except StopIteration:  # how `load_dataset` ends when all files are empty
-            first = None
         except Exception as error:
             raise self._explained(error) from error
         if first is None:
@@ -230,17 +169,6 @@ class _Reader:
                 f"{source.path} must have a field {source.text!r}, or {source.inputs!r} and {source.targets!r}, "
                 f"got {', '.join(map(repr, first))}"
             )
-
-    def _open(self) -> Any:
-        """Return the records of the source as they stream in."""
-        try:
-            from datasets import load_dataset
-        except ImportError as error:
-            raise ValueError("corpora are read by the package datasets: pip install datasets") from error
-        if not self.files:
-            return load_dataset(self.source.path, self.source.name, split=self.source.split, streaming=True)
-        names = [glob.escape(str(file)) for file in self.files]  # `load_dataset` takes them for patterns
-        return load_dataset(reader_of(self.files[0].name), data_files=names, split="train", streaming=True)
 
     def parts(self) -> Iterator[list[list[int]]]:
         """Yield batches of documents with their `</s>`, or of contexts and targets in turns."""
@@ -312,10 +240,4 @@ class _Reader:
         return parts
 
     def _explained(self, error: Exception) -> ValueError:
-        """Name the line that is no JSON object, where that is what is wrong."""
-        if not self.files:
-            return ValueError(f"{self.source.path} is no file here, and no dataset that the Hub returns: {error}")
-        if reader_of(self.files[0].name) == "json":
-            for line in filter(None, map(find_bad_line, self.files)):
-                return ValueError(line)
-        return ValueError(f"{self.source.path} cannot be read: {error}")
+        return ValueError(f"{self.source.path} is no file here, and no dataset that the Hub returns: {error}")

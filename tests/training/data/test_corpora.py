@@ -19,8 +19,9 @@ from glm_hf import GLMConfig, GLMTokenizer
 from glm_hf.infilling_glm import prepare_context
 from glm_hf.training import CorpusSource, load_corpus
 from glm_hf.training.data import corpora
-from glm_hf.training.data.corpora import fingerprint
 from glm_hf.training.data.token_file import TokenFile, write_token_file
+from glm_hf.training.data.tokenizing import records, shards, sources
+from glm_hf.training.data.tokenizing.encoder import fingerprint
 
 TEXTS = generate([english, chinese], 20, seed=7)
 ROW_LENGTH = 64
@@ -46,8 +47,9 @@ def load(tokenizer, config, tmp_path):
 def count_runs(monkeypatch) -> list[str]:
     """Every time that a corpus is tokenized, its path."""
     runs = []
-    read = corpora._Reader.parts
-    monkeypatch.setattr(corpora._Reader, "parts", lambda reader: runs.append(reader.source.path) or read(reader))
+    of_files, of_hub = corpora.tokenize_files, corpora._HubReader.parts
+    monkeypatch.setattr(corpora, "tokenize_files", lambda *args: runs.append(args[5]) or of_files(*args))
+    monkeypatch.setattr(corpora._HubReader, "parts", lambda reader: runs.append(reader.source.path) or of_hub(reader))
     return runs
 
 
@@ -289,60 +291,64 @@ def test_a_name_that_neither_a_file_nor_the_hub_has_is_an_error(load, monkeypatc
 
 
 PAIR = {"inputs": "the people [MASK]", "targets": "of"}
-BAD_FILES = {
-    "empty file": ("a.jsonl", "", "a.jsonl is empty: it holds no document"),
-    "empty lines": ("a.jsonl", "\n\n", "a.jsonl is empty: it holds no document"),
-    "empty texts": ("a.jsonl", [{"text": ""}] * 2, "a.jsonl is empty: none of its 2 documents holds any text"),
-    "no JSON at once": ("a.jsonl", "text\n", "line 1 of .*a.jsonl is not JSON: Expecting value"),
-    "no JSON later": ("a.jsonl", '{"text": "a"}\n' * 20_000 + "nope\n", "line 20001 of .*a.jsonl is not JSON"),
-    "cut off": ("a.jsonl", '{"text": "a"}\n{"text": "b', "line 2 of .*a.jsonl is not JSON"),
-    "no JSON in .gz": ("a.jsonl.gz", '{"text": "a"}\nnope\n', "line 2 of .*a.jsonl.gz is not JSON"),
-    "no UTF-8": ("a.jsonl", b'{"text": "\xff"}\n', "line 1 of .*a.jsonl is not JSON: 'utf-8' codec"),
-    "no object": ("a.jsonl", '{"text": "a"}\n"b"\n', "line 2 of .*a.jsonl must be a JSON object, got b'\"b\""),
-    "an array later": ("a.jsonl", [{"text": "a"}, [1]], r"line 2 of .*a.jsonl must be a JSON object, got b'\[1\]"),
-    "no .gz": ("a.jsonl.gz", b'{"text": "a"}\n', "a.jsonl.gz cannot be read: Not a gzipped file"),
-    "no Parquet": ("a.parquet", b"text", "a.parquet cannot be read: Parquet"),
-    "missing field": ("a.jsonl", [{"txt": "a", "n": 1}], "'text', or 'inputs' and 'targets', got 'txt', 'n'"),
-    "no targets": ("a.jsonl", [{"inputs": "a"}], "'text', or 'inputs' and 'targets', got 'inputs'"),
-    "missing later": ("a.jsonl", [{"text": "a"}, {"b": "a"}], "record 2 of .* must have a string in 'text', got None"),
-    "null": ("a.jsonl", [{"text": "a"}, {"text": None}], "record 2 of .*a.jsonl .* string in 'text', got None"),
-    "number": ("a.jsonl", [{"text": "a"}, {"text": 5}], "record 2 of .*a.jsonl .* string in 'text', got 5"),
-    "numbers": ("a.jsonl", [{"text": 5}], "record 1 of .*a.jsonl .* string in 'text', got 5"),
-    "null later": ("a.jsonl", [{"text": "a"}] * 1500 + [{"text": None}], "record 1501 of .*a.jsonl must have"),
-    "null inputs": ("a.jsonl", [PAIR, PAIR | {"inputs": None}], "record 2 of .* string in 'inputs', got None"),
-    "empty targets": ("a.jsonl", [PAIR, PAIR | {"targets": ""}], "record 2 of .*a.jsonl: 'targets' is empty"),
-    "empty inputs": ("a.jsonl", [PAIR | {"inputs": ""}], "record 1 of .*a.jsonl: the text is empty"),
-    "only a mask": ("a.jsonl", [PAIR | {"inputs": "[MASK]"}], "record 1 of .*a.jsonl: the text holds nothing but"),
-    "two kinds of masks": ("a.jsonl", [PAIR, PAIR | {"inputs": "a [MASK] [gMASK]"}], "record 2 of .* mixes .MASK"),
-    "long inputs": (
-        "a.jsonl",
-        [PAIR, PAIR | {"inputs": "people time " * 40}],
-        r"record 2 of .*: inputs of \d\d and targets of \d tokens do not fit a row of 64; shorten .* truncate_inputs",
+BAD_RECORDS = {
+    "empty": ([], "name is empty: it holds no document"),
+    "empty texts": ([{"text": ""}] * 2, "name is empty: none of its 2 documents holds any text"),
+    "missing field": ([{"txt": "a", "n": 1}], "'text', or 'inputs' and 'targets', got 'txt', 'n'"),
+    "no targets": ([{"inputs": "a"}], "'text', or 'inputs' and 'targets', got 'inputs'"),
+    "null": ([{"text": "a"}, {"text": None}], "record 2 of owner/name must have a string in 'text', got None"),
+    "null later": ([{"text": "a"}] * 1500 + [{"text": None}], "record 1501 of owner/name must have a string"),
+    "numbers": ([{"text": 5}], "record 1 of owner/name must have a string in 'text', got 5"),
+    "null inputs": (
+        [PAIR, PAIR | {"inputs": None}],
+        "record 2 of owner/name must have a string in 'inputs'",
     ),
-    "bad record later": ("a.jsonl", [PAIR] * 1200 + [PAIR | {"targets": ""}], "record 1201 of .*'targets' is empty"),
-    "unknown suffix": ("a.txt", "text", "a.txt must end in .jsonl, .json, .parquet, or these with .gz or .zst"),
+    "empty targets": ([PAIR] * 1200 + [PAIR | {"targets": ""}], "record 1201 of owner/name: 'targets' is empty"),
+    "only a mask": ([PAIR | {"inputs": "[MASK]"}], "record 1 of owner/name: the text holds nothing but"),
+    "two kinds of masks": ([PAIR, PAIR | {"inputs": "a [MASK] [gMASK]"}], "record 2 of owner/name: .* mixes .MASK"),
+    "long": ([{"text": "time " * 300}], "record 1 of owner/name has 1,500 bytes, more than 1,000; split it, or raise"),
+}
+
+
+@pytest.mark.parametrize(("records", "message"), BAD_RECORDS.values(), ids=BAD_RECORDS)
+def test_a_bad_record_of_the_hub_is_an_error_that_says_where(load, tmp_path, monkeypatch, records, message):
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: Records(records))
+    with pytest.raises(ValueError, match=message):
+        load("owner/name", max_record_size=1000)
+    assert not folders(tmp_path / "cache")
+
+
+class Records(list):
+    """Records as a dataset of the Hub has them."""
+
+    def iter(self, batch_size):
+        for start in range(0, len(self), batch_size):
+            batch = self[start : start + batch_size]
+            yield {name: [record.get(name) for record in batch] for name in batch[0]}
+
+
+BAD_FILES = {
+    "no JSON": ("a.jsonl", '{"text": "a"}\n' * 20_000 + "nope\n", "line 20001 of .*a.jsonl is not JSON"),
+    "empty texts": ("a.json", '[{"text": ""}]', "a.json is empty: no document of it holds any text"),
+    "half an array": ("a.json", '[{"text": "a"},', "a.json is not JSON: "),
+    "an array of numbers": ("a.json", '[{"text": "a"}, 5]', "record 2 of .*a.json must be a JSON object, got 5"),
+    "no .gz": ("a.jsonl.gz", '{"text": "a"}\n', "a.jsonl.gz cannot be read: Not a gzipped file"),
+    "unknown suffix": ("a.csv", "text", "a.csv must end in .jsonl, .json, .txt, .parquet, or these but .parquet with"),
     "no suffix": ("a", "text", "a must end in .jsonl"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("name", "content", "message"), BAD_FILES.values(), ids=BAD_FILES)
 def test_a_bad_file_is_an_error_that_says_where_and_leaves_no_folder(load, tmp_path, name, content, message):
-    file = tmp_path / name
-    if isinstance(content, list):
-        write_lines(file, content)
-    elif isinstance(content, bytes):
-        file.write_bytes(content)
-    else:
-        with (gzip.open if file.suffix == ".gz" else open)(file, "wt") as lines:
-            lines.write(content)
+    (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
-        load(file)
+        load(tmp_path / name)
     assert not folders(tmp_path / "cache")
 
 
 def test_targets_that_leave_no_room_are_too_long_even_when_inputs_are_truncated(load, tmp_path):
     file = write_lines(tmp_path / "a.jsonl", [{"inputs": "the people", "targets": "people time " * 40}])
-    with pytest.raises(ValueError, match="record 1 of .* do not fit a row of 64"):
+    with pytest.raises(ValueError, match="line 1 of .* do not fit a row of 64"):
         load(file, truncate_inputs=True)
     assert not folders(tmp_path / "cache")
 
@@ -368,11 +374,11 @@ def test_a_folder_without_a_corpus_is_an_error(load, tmp_path):
         load(tmp_path)
 
 
-def test_json_and_parquet_in_one_corpus_are_an_error(load, tmp_path):
+def test_a_corpus_may_have_files_of_several_kinds(load, tmp_path):
     write_texts(tmp_path / "data" / "a.jsonl", TEXTS)
     write_texts(tmp_path / "data" / "b.parquet", TEXTS)
-    with pytest.raises(ValueError, match="data mixes JSON and Parquet files; give them as two corpora"):
-        load(tmp_path / "data")
+    parts = parts_of(load(tmp_path / "data"))
+    assert parts[: len(TEXTS)] == parts[len(TEXTS) :]
 
 
 def test_a_corpus_of_another_tokenizer_is_an_error(tokenizer, config, load, tmp_path):
@@ -412,32 +418,63 @@ def test_a_tokenizer_with_other_special_ids_is_refused(tmp_path, tokenizer, name
         load_corpus(CorpusSource(str(tmp_path / "a.jsonl")), tokenizer, config, tmp_path / "cache", 64)
 
 
-def test_what_a_killed_tokenization_has_left_goes_with_the_next_one(tmp_path, tokenizer, config):
-    left = tmp_path / "cache" / ".text-0123456789abcdef.partial" / "folder"
-    left.mkdir(parents=True)
-    (left / "tokens.bin").write_bytes(b"half")
-    kept = tmp_path / "cache" / ".of-somebody.partial"
+def test_what_a_killed_tokenization_has_left_goes_with_the_next_one(tmp_path, load):
+    cache = tmp_path / "cache"
+    for left in (".text-0123456789abcdef.partial", ".text.jsonl-0123456789abcdef.partial"):
+        (cache / left / "folder").mkdir(parents=True)
+        (cache / left / "folder" / "tokens.bin").write_bytes(b"half")
+    (cache / left / "journal.jsonl").touch()  # of another version of the corpus
+    kept = cache / ".of-somebody.partial"
     kept.mkdir()
     (kept / "else").touch()
-    path = tmp_path / "text.jsonl"
-    path.write_text('{"text": "people"}\n')
-    load_corpus(CorpusSource(str(path)), tokenizer, config, tmp_path / "cache", 64)
-    assert not left.parent.exists()
-    assert kept.exists()
+    load(write_texts(tmp_path / "text.jsonl", ["people"]))
+    assert [path.name for path in cache.glob(".*.partial")] == [kept.name]
 
 
-@pytest.mark.parametrize("name", ["text.jsonl", "text.json", "text.jsonl.gz", "text.parquet"])
+def test_a_tokenization_that_was_cut_off_is_resumed(load, tmp_path, monkeypatch, ids_of, tokenizer):
+    monkeypatch.setattr(sources, "TASK_BYTES", 150)
+    file = write_texts(tmp_path / "a.jsonl", TEXTS)
+    make, made = shards.ShardMaker.make, []
+
+    def fails_at_the_fifth(maker, number, task):
+        if number == 5 and not made.count("failed"):
+            made.append("failed")
+            raise OSError(28, "No space left on device")
+        made.append(number)
+        return make(maker, number, task)
+
+    monkeypatch.setattr(shards.ShardMaker, "make", fails_at_the_fifth)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})
+    with pytest.raises(OSError, match="No space left"):
+        load(file)
+    load(file)
+    assert made == [*range(5), "failed", *range(5, len(made) - 1)]
+    assert parts_of(load(file)) == [[*ids_of(text), tokenizer.eos_token_id] for text in TEXTS]
+
+
+@pytest.mark.parametrize("name", ["text.jsonl", "text.json", "text.jsonl.gz", "text.parquet", "text.txt"])
 def test_a_record_that_is_too_long_is_refused_in_little_memory(tmp_path, tokenizer, config, name):
     texts = ["people", "time " * 400_000]
     lines = "\n".join(json.dumps({"text": text}) for text in texts).encode()
     path = tmp_path / name
     if name.endswith(".parquet"):
         pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path)
+    elif name.endswith(".txt"):
+        path.write_text(texts[1])
     else:
         path.write_bytes(gzip.compress(lines) if name.endswith(".gz") else lines)
-    with pytest.raises(ValueError, match=r"(line|record) 2 of .* more than 1,000,000( bytes)?; split it, or raise"):
+    with pytest.raises(ValueError, match=r"text.* has more than 1,000,000 bytes; split it, or raise"):
         load_corpus(CorpusSource(str(path), max_record_size=10**6), tokenizer, config, tmp_path / "cache", 64)
-    assert load_corpus(CorpusSource(str(path)), tokenizer, config, tmp_path / "cache", 64).num_documents == 2
+    num_documents = 1 if name == "text.txt" else 2
+    corpus = load_corpus(CorpusSource(str(path)), tokenizer, config, tmp_path / "cache", 64)
+    assert corpus.num_documents == num_documents
+
+
+def test_an_array_that_no_memory_would_hold_is_refused(load, tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "MOST_RECORD_BYTES", 100)
+    (tmp_path / "a.json").write_text(json.dumps([{"text": "time"}] * 20))
+    with pytest.raises(ValueError, match="a.json is an array of more than 100 bytes; write every record into a line"):
+        load(tmp_path / "a.json")
 
 
 def test_the_longest_record_is_no_part_of_what_a_corpus_is_known_by(tmp_path, tokenizer, config):

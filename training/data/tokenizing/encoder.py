@@ -6,10 +6,12 @@ cut, whose ids are dropped again, as a text that begins without one gets a dummy
 character that may join the symbol's last one in normalisation, such as a combining mark.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from typing import Any
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer
@@ -77,6 +79,13 @@ class TextEncoder:
                 "input can be cut; split it"
             )
         yield text[start:] if start else text, num_dropped
+
+
+def fingerprint(tokenizer: Any) -> str:
+    """Return a digest of everything by which a fast tokenizer of transformers turns text into ids."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state |= {"padding": None, "truncation": None}  # what the last call has set
+    return hashlib.sha256(json.dumps(state).encode()).hexdigest()
 
 
 def _configured(state: dict, splits_special_tokens: bool) -> Tokenizer:

@@ -1,43 +1,53 @@
 """The records of a piece of a file, read as a stream: lines of JSON, rows of Parquet, or the text of a whole file."""
 
-import gzip
-import io
 import json
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from glm_hf.folders.records import facts_of_file
+from glm_hf.training.data.tokenizing.files import BLOCK_BYTES, COMPRESSED, guarded, open_file
 from glm_hf.training.data.tokenizing.sources import Piece
 
 MOST_RECORD_BYTES = 256 * 2**20
 """Longest record, of which a process holds some copies at a time."""
 ROWS_AT_ONCE = 16
-BLOCK_BYTES = 2**20
 
 Record = dict[str, Any]
 
 
-def read_records(piece: Piece, fields: Sequence[str]) -> Iterator[tuple[int, Record]]:
+def read_records(
+    piece: Piece, fields: Sequence[str], most_bytes: int = MOST_RECORD_BYTES
+) -> Iterator[tuple[int, Record]]:
     """
     Yield the records of a piece with their numbers, counted from 0, of which `place_of` makes a sentence.
 
     Args:
         piece: What is to be read.
         fields: Fields that are needed, of which a file may lack some; the text of a text file is in the first.
+        most_bytes: Longest record, and longest file with an array of them.
 
     Raises:
         ValueError: If the file cannot be read, has changed, or holds something else.
     """
     if piece.kind == "parquet":
-        yield from enumerate(_guarded(piece, _rows(piece, fields)))
+        for number, row in enumerate(guarded(piece.path, _rows(piece, fields))):
+            _require_room(
+                piece, number, sum(len(str(value).encode("utf-8", "replace")) for value in row.values()), most_bytes
+            )
+            yield number, row
     elif piece.kind == "text":
-        for content in _guarded(piece, _whole(piece)):
+        for content in guarded(piece.path, _whole(piece, most_bytes)):
+            _require_room(piece, 0, len(content), most_bytes)
             yield 0, {fields[0]: _decoded(piece, content)}
+    elif piece.kind == "array":
+        for content in guarded(piece.path, _whole(piece, MOST_RECORD_BYTES)):
+            for number, record in enumerate(_array(piece, content)):
+                yield number, record
     else:
-        for number, line in enumerate(_guarded(piece, _lines(piece))):
+        for number, line in enumerate(guarded(piece.path, _lines(piece, most_bytes))):
             if line.strip():
+                _require_room(piece, number, len(line), most_bytes)
                 yield number, _parsed(piece, number, line)
     if tuple(facts_of_file(Path(piece.path))) != piece.facts:
         raise ValueError(f"{piece.path} has changed while it was read; run the command again")
@@ -47,6 +57,8 @@ def place_of(piece: Piece, number: int) -> str:
     """Tell where record `number` of a piece is, as a person counts."""
     if piece.kind == "text":
         return piece.path
+    if piece.kind == "array":
+        return f"record {number + 1} of {piece.path}"
     if piece.kind == "parquet":
         from pyarrow import parquet
 
@@ -69,69 +81,56 @@ def _num_lines_before(piece: Piece) -> int:
 
 def _parsed(piece: Piece, number: int, line: bytes) -> Record:
     """Return the record of a line."""
-    if len(line) > MOST_RECORD_BYTES:
-        raise ValueError(f"{place_of(piece, number)} has more than {MOST_RECORD_BYTES:,} bytes; split it")
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as reason:
-        hint = "; write every record of an array into a line of its own" if line.lstrip()[:1] == b"[" else ""
-        raise ValueError(f"{place_of(piece, number)} is not JSON: {reason}{hint}") from reason
+        raise ValueError(f"{place_of(piece, number)} is not JSON: {reason}") from reason
     if not isinstance(record, dict):
         raise ValueError(f"{place_of(piece, number)} must be a JSON object, got {line[:40]!r}")
     return record
 
 
-def _decoded(piece: Piece, content: bytes) -> str:
+def _array(piece: Piece, content: bytes) -> list[Record]:
+    """Return the records of an array."""
     if len(content) > MOST_RECORD_BYTES:
         raise ValueError(
-            f"{piece.path} has more than {MOST_RECORD_BYTES:,} bytes, and a text file is one document; write its "
-            "documents as lines of a .jsonl file"
+            f"{piece.path} is an array of more than {MOST_RECORD_BYTES:,} bytes; write every record into a line of "
+            "its own"
         )
+    try:
+        records = json.loads(content)
+    except (ValueError, RecursionError) as reason:
+        raise ValueError(f"{piece.path} is not JSON: {reason}") from reason
+    for number, record in enumerate(records):
+        if not isinstance(record, dict):
+            raise ValueError(f"{place_of(piece, number)} must be a JSON object, got {repr(record)[:40]}")
+    return records
+
+
+def _require_room(piece: Piece, number: int, num_bytes: int, most_bytes: int) -> None:
+    """Raise ValueError if a record is too long."""
+    if num_bytes > most_bytes:
+        way_out = "split it" if most_bytes == MOST_RECORD_BYTES else "split it, or raise max_record_size"
+        if piece.kind == "text":
+            way_out += "; a text file is one document, of several make lines of a .jsonl file"
+        raise ValueError(f"{place_of(piece, number)} has more than {most_bytes:,} bytes; {way_out}")
+
+
+def _decoded(piece: Piece, content: bytes) -> str:
     try:
         return content.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{piece.path} is not text in UTF-8: {error}") from error
 
 
-def _guarded(piece: Piece, items: Iterator[Any]) -> Iterator[Any]:
-    """Yield `items`; ValueError with the file's name if it is damaged."""
-    damages: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error)
-    if piece.kind == "parquet" or piece.path.endswith(".zst"):
-        from pyarrow import ArrowException
-
-        damages += (ArrowException,)
-    end = object()
-    while True:
-        try:
-            item = next(items, end)
-        except damages as error:
-            raise ValueError(f"{piece.path} cannot be read: {error}") from error
-        if item is end:
-            return
-        yield item
+def _whole(piece: Piece, most_bytes: int) -> Iterator[bytes]:
+    with open_file(piece.path) as file:
+        yield file.read(most_bytes + 1)
 
 
-def _open(piece: Piece) -> BinaryIO:
-    """Open a file, decompressed."""
-    if piece.path.endswith(".gz"):
-        return io.BufferedReader(gzip.open(piece.path, "rb"))
-    if piece.path.endswith(".zst"):
-        try:
-            import pyarrow
-        except ImportError as error:
-            raise ValueError("zst files are read by the package pyarrow: pip install pyarrow") from error
-        return io.BufferedReader(pyarrow.input_stream(piece.path, compression="zstd"), BLOCK_BYTES)
-    return open(piece.path, "rb")
-
-
-def _whole(piece: Piece) -> Iterator[bytes]:
-    with _open(piece) as file:
-        yield file.read(MOST_RECORD_BYTES + 1)
-
-
-def _lines(piece: Piece) -> Iterator[bytes]:
+def _lines(piece: Piece, most_bytes: int) -> Iterator[bytes]:
     """Yield the lines that begin in a piece, the longest ones only as far as they are allowed to be."""
-    with _open(piece) as file:
+    with open_file(piece.path) as file:
         place = piece.start
         if place:  # in the middle of a line, which is another piece's
             place -= 1
@@ -140,8 +139,8 @@ def _lines(piece: Piece) -> Iterator[bytes]:
                 place += len(skipped)
                 if skipped.endswith(b"\n"):
                     break
-        is_compressed = piece.path.endswith((".gz", ".zst"))
-        while (is_compressed or place < piece.end) and (line := file.readline(MOST_RECORD_BYTES + 1)):
+        is_compressed = piece.path.endswith(COMPRESSED)
+        while (is_compressed or place < piece.end) and (line := file.readline(most_bytes + 1)):
             place += len(line)
             yield line
 

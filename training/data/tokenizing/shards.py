@@ -15,7 +15,7 @@ import xxhash
 
 from glm_hf.training.data.tokenizing.encoder import TextEncoder
 from glm_hf.training.data.tokenizing.instructions import InstructionRule
-from glm_hf.training.data.tokenizing.records import Record, place_of, read_records
+from glm_hf.training.data.tokenizing.records import MOST_RECORD_BYTES, Record, place_of, read_records
 from glm_hf.training.data.tokenizing.sources import Piece, Task
 
 BATCH_CHARACTERS = 1 << 18
@@ -35,6 +35,7 @@ class Job:
         eos_token_id: Id behind every text.
         fields: Field of a text, or fields of inputs and targets.
         instructions: How instructions are completed; None for texts.
+        most_bytes: Longest record.
     """
 
     folder: str
@@ -43,6 +44,7 @@ class Job:
     eos_token_id: int
     fields: tuple[str, ...]
     instructions: InstructionRule | None = None
+    most_bytes: int = MOST_RECORD_BYTES
 
 
 def shard_path(folder: str | Path, number: int, name: str) -> Path:
@@ -98,7 +100,7 @@ class ShardMaker:
 
     def _pieces(self, task: Task) -> Iterator[tuple[str, int, bool]]:
         """Yield the pieces of texts, how many ids of each are to be dropped, and whether its text ends with it."""
-        for piece, number, record in _records(task, self.job.fields):
+        for piece, number, record in self._records(task):
             [text] = self._strings(piece, number, record)
             try:
                 held = None
@@ -115,7 +117,7 @@ class ShardMaker:
         """Yield the ids of contexts and targets in turns, and their lengths."""
         assert self.job.instructions is not None
         encoder = TextEncoder(self.job.backend, self.dtype, splits_special_tokens=False)  # as inputs hold masks
-        for piece, number, record in _records(task, self.job.fields):
+        for piece, number, record in self._records(task):
             strings = self._strings(piece, number, record)
             if max(map(len, strings)) > MOST_INSTRUCTION_BYTES:
                 raise ValueError(f"{place_of(piece, number)} has more than {MOST_INSTRUCTION_BYTES:,} characters")
@@ -125,6 +127,11 @@ class ShardMaker:
             except ValueError as error:
                 raise ValueError(f"{place_of(piece, number)}: {error}") from error
             yield np.concatenate((np.array(context, self.dtype), target)), np.array([len(context), len(target)])
+
+    def _records(self, task: Task) -> Iterator[tuple[Piece, int, Record]]:
+        for piece in task:
+            for number, record in read_records(piece, self.job.fields, self.job.most_bytes):
+                yield piece, number, record
 
     def _strings(self, piece: Piece, number: int, record: Record) -> list[str]:
         """Return the fields of a record; ValueError if one is no string, or holds what is no text."""
@@ -139,12 +146,6 @@ class ShardMaker:
                 raise ValueError(f"{place_of(piece, number)} holds half a surrogate pair in {field!r}") from error
             values.append(value)
         return values
-
-
-def _records(task: Task, fields: tuple[str, ...]) -> Iterator[tuple[Piece, int, Record]]:
-    for piece in task:
-        for number, record in read_records(piece, fields):
-            yield piece, number, record
 
 
 def _batches(pieces: Iterator[tuple[str, int, bool]]) -> Iterator[list[tuple[str, int, bool]]]:

@@ -1,6 +1,6 @@
 """Which files a corpus is made from, and how the work on them is divided into tasks of about equal size.
 
-A task is one or more pieces: a range of bytes of uncompressed JSONL, which stands for the lines that begin in it; row
+A task is one or more pieces: a range of bytes of uncompressed JSON lines, which stands for those that begin in it; row
 groups of Parquet; or a whole file. Small files share a task. The division depends on nothing but the files, so that
 any number of processes makes the same shards.
 """
@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from glm_hf.folders.records import facts_of_file
+from glm_hf.training.data.tokenizing.files import COMPRESSED, blocks, guarded
 
 TASK_BYTES = 16 * 2**20
 KINDS = {".jsonl": "lines", ".json": "lines", ".txt": "text", ".parquet": "parquet"}
-COMPRESSED = (".gz", ".zst")
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Piece:
 
     Attributes:
         path: The file.
-        kind: What it holds: "lines" of JSON, the "text" of one document, or "parquet".
+        kind: What it holds: "lines" of JSON, an "array" of JSON, the "text" of one document, or "parquet".
         start: First byte, or row group.
         end: Byte or row group after the last.
         num_bytes: About how many bytes it takes in the file.
@@ -104,12 +104,22 @@ def _pieces_of(file: Path) -> Iterator[Piece]:
     if kind == "parquet":
         for group, num_bytes in enumerate(_row_groups(file)):
             yield Piece(str(file), kind, group, group + 1, num_bytes, facts)
+    elif kind == "lines" and _holds_an_array(file):
+        yield Piece(str(file), "array", 0, size, size, facts)
     elif kind == "lines" and file.suffix not in COMPRESSED:
         for start in range(0, size, TASK_BYTES):
             end = min(start + TASK_BYTES, size)
             yield Piece(str(file), kind, start, end, end - start, facts)
     elif size:
         yield Piece(str(file), kind, 0, size, size, facts)
+
+
+def _holds_an_array(file: Path) -> bool:
+    """Tell whether a JSON file has all of its records in an array."""
+    for block in guarded(str(file), blocks(str(file), 2**10)):
+        if beginning := block.removeprefix(b"\xef\xbb\xbf").lstrip():
+            return beginning.startswith(b"[")
+    return False
 
 
 def _row_groups(file: Path) -> list[int]:

@@ -16,15 +16,16 @@ import numpy as np
 from tqdm import tqdm
 
 from glm_hf import __version__
+from glm_hf.configuration_glm import GLMConfig
 from glm_hf.folders.atomic import AtomicFolder, destination
 from glm_hf.folders.validation import find_folder, load_tokenizer, read_config, require_matching_tokenizer
-from glm_hf.tokenization_glm import WINDOW
-from glm_hf.training.data.corpora import fingerprint
+from glm_hf.tokenization_glm import WINDOW, GLMTokenizer
 from glm_hf.training.data.token_file import dtype_for
+from glm_hf.training.data.tokenizing.encoder import fingerprint
 from glm_hf.training.data.tokenizing.growing_corpus import JOURNAL, SHARDS, GrowingCorpus
 from glm_hf.training.data.tokenizing.instructions import InstructionRule
 from glm_hf.training.data.tokenizing.processes import ShardWorkers
-from glm_hf.training.data.tokenizing.records import place_of, read_records
+from glm_hf.training.data.tokenizing.records import MOST_RECORD_BYTES, place_of, read_records
 from glm_hf.training.data.tokenizing.shards import Job
 from glm_hf.training.data.tokenizing.sources import Task, find_sources, plan_tasks
 
@@ -50,10 +51,10 @@ def tokenize_corpus(
     """
     Tokenize files into a folder that `CorpusSource(path)` takes; nothing if it is there already.
 
-    Files end in `.jsonl`, `.json` (a record per line), `.txt` (a document per file) or `.parquet`, the first three
-    also with `.gz` or `.zst` behind. The ids are those of the tokenizer for the whole texts, whatever the number of
-    processes. Whenever an interrupted run is repeated, it resumes with the shards that are missing, about 16 MiB of
-    text each, and those of files that have changed.
+    Files end in `.jsonl`, `.json` (a record per line, or all in one array), `.txt` (a document per file) or
+    `.parquet`, the first three also with `.gz` or `.zst` behind. The ids are those of the tokenizer for the whole
+    texts, whatever the number of processes. Whenever an interrupted run is repeated, it resumes with the shards that
+    are missing, about 16 MiB of text each, and those of files that have changed.
 
     Args:
         sources: Files, folders and patterns; the documents of each come in the order of the files' names.
@@ -81,23 +82,78 @@ def tokenize_corpus(
     config, loaded = read_config(folder), load_tokenizer(folder)
     require_matching_tokenizer(loaded, config)
     paths = [str(sources)] if isinstance(sources, (str, Path)) else list(map(str, sources))
-    tasks = plan_tasks(find_sources(paths))
-    fields = _find_fields(tasks, text, inputs, targets, " ".join(paths))
-    rule = InstructionRule(config, row_length, targets, truncate_inputs) if len(fields) == 2 else None
+    records = RecordRule(text, inputs, targets, row_length, truncate_inputs)
+    name = paths[0] if len(paths) == 1 else Path(dst).name
+    tokenize_files(
+        find_sources(paths), Path(dst), loaded, config, records, name, num_proc, resume=resume, overwrite=overwrite
+    )
+
+
+@dataclass(frozen=True)
+class RecordRule:
+    """
+    What is read of records.
+
+    Attributes:
+        text: Field of a text.
+        inputs: Field of an instruction.
+        targets: Field of what is to be written at its first mask.
+        row_length: Number of tokens that an instruction has to fit.
+        truncate_inputs: Whether to leave out the beginning of inputs that do not fit, which is an error else.
+        most_bytes: Longest record.
+    """
+
+    text: str
+    inputs: str
+    targets: str
+    row_length: int
+    truncate_inputs: bool
+    most_bytes: int = MOST_RECORD_BYTES
+
+
+def tokenize_files(
+    files: Sequence[Path],
+    dst: Path,
+    tokenizer: GLMTokenizer,
+    config: GLMConfig,
+    records: RecordRule,
+    name: str,
+    num_proc: int | None = None,
+    *,
+    resume: bool = True,
+    overwrite: bool = False,
+) -> None:
+    """
+    Tokenize files as `tokenize_corpus` does, with a tokenizer that is loaded.
+
+    Args:
+        files: What `find_sources` returns.
+        dst: Destination; missing parents are made.
+        tokenizer: Tokenizer of the model.
+        config: Configuration of the model.
+        records: What is read of records.
+        name: Name of the corpus in logs and errors.
+        num_proc: Number of processes, by default one for every core.
+        resume: Whether to resume an interrupted run rather than to discard what it has written.
+        overwrite: Whether to replace a folder at `dst`, once the new one is complete.
+
+    Raises:
+        FileExistsError, ValueError, OSError: As `tokenize_corpus` does.
+    """
+    tasks = plan_tasks(files)
+    fields = _find_fields(tasks, records, name)
+    is_text = len(fields) == 1
+    rule = None if is_text else InstructionRule(config, records.row_length, records.targets, records.truncate_inputs)
     plan = _Plan(
         tasks,
         options={
             "version": __version__,
-            "tokenizer": fingerprint(loaded),
+            "tokenizer": fingerprint(tokenizer),
             "vocab_size": config.vocab_size,
             "fields": fields,
-            "rule": rule and [row_length, truncate_inputs],
+            "rule": None if is_text else [records.row_length, records.truncate_inputs],
         },
-        facts={
-            "kind": "text" if rule is None else "instructions",
-            "source": paths[0] if len(paths) == 1 else Path(dst).name,
-            "tokenizer": fingerprint(loaded),
-        },
+        facts={"kind": "text" if is_text else "instructions", "source": name, "tokenizer": fingerprint(tokenizer)},
     )
     target = AtomicFolder(
         destination(dst),
@@ -107,8 +163,8 @@ def tokenize_corpus(
     )
     if _is_finished(target):
         return
-    backend, dtype = loaded.backend_tokenizer.to_str(), dtype_for(config.vocab_size).str
-    job = Job(str(target.work / SHARDS), backend, dtype, config.eos_token_id, fields, rule)
+    backend, dtype = tokenizer.backend_tokenizer.to_str(), dtype_for(config.vocab_size).str
+    job = Job(str(target.work / SHARDS), backend, dtype, config.eos_token_id, fields, rule, records.most_bytes)
     # The processes come first, as a lock that they inherit would outlive this one.
     with ShardWorkers(job, min(num_proc or _num_cores(), len(tasks))) as workers, target.locked():
         target.give_back()
@@ -183,10 +239,11 @@ def _make_missing(corpus: GrowingCorpus, plan: _Plan, workers: ShardWorkers) -> 
             progress.update(sizes[number])
 
 
-def _find_fields(tasks: Sequence[Task], text: str, inputs: str, targets: str, path: str) -> tuple[str, ...]:
+def _find_fields(tasks: Sequence[Task], records: RecordRule, name: str) -> tuple[str, ...]:
     """Return the fields of the first record that make its kind; ValueError if it lacks them, or there is none."""
+    text, inputs, targets = records.text, records.inputs, records.targets
     for piece in (piece for task in tasks for piece in task):
-        for number, record in read_records(piece, (text, inputs, targets)):
+        for number, record in read_records(piece, (text, inputs, targets), records.most_bytes):
             if text in record:
                 return (text,)
             if {inputs, targets} <= record.keys():
@@ -195,7 +252,7 @@ def _find_fields(tasks: Sequence[Task], text: str, inputs: str, targets: str, pa
                 f"{place_of(piece, number)} must have a field {text!r}, or {inputs!r} and {targets!r}, got "
                 f"{', '.join(map(repr, record)) or 'none'}"
             )
-    raise ValueError(f"{path} is empty: it holds no document")
+    raise ValueError(f"{name} is empty: it holds no document")
 
 
 def _num_cores() -> int:
