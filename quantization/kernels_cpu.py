@@ -17,10 +17,9 @@ from glm_hf.quantization.functional import dequantize_rows, quantized_linear_ref
 
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 MANY_TOKENS = 32  # from here on, bf16 matrix products of the vendor's library pay for decoding the weight
-VERY_MANY_TOKENS = 128  # from here on, so do those of fp32, where there is no AVX-512
+VERY_MANY_TOKENS = 128  # from here on, so do those of fp32, where they are faster than the kernels
 DECODED_BYTES = 24 * 2**20  # of a weight at once: fits into a level 3 cache
 PACKABLE_GROUPS = (256, 128, 64, 32)
-AVX2 = 1
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +64,7 @@ class KernelLibrary:
     Attributes:
         level: Best instruction set of this CPU: 0 plain C, 1 AVX2, 2 AVX-512, 3 AVX-512 with VNNI.
         multiplies_bfloat16: Whether this CPU has instructions for bf16 products.
+        multiplies_fp32_faster: Whether the vendor's library multiplies many fp32 tokens faster than the kernels.
     """
 
     def __init__(self, path: str) -> None:
@@ -80,6 +80,7 @@ class KernelLibrary:
         self._parallel_for = ctypes.cast(ctypes.CDLL(torch._C.__file__).torch_parallel_for, POINTER)
         self.level = library.glm_best_level()
         self.multiplies_bfloat16 = bool(library.glm_multiplies_bfloat16())
+        self.multiplies_fp32_faster = bool(library.glm_multiplies_fp32_faster(self.level))
 
     def linear(
         self,
@@ -160,7 +161,7 @@ def quantized_linear_cpu(
     is_bf16, many = x.dtype == torch.bfloat16, len(tokens) >= MANY_TOKENS
     is_decoded = is_bf16 and many and library is not None and library.multiplies_bfloat16
     if x.dtype == torch.float32 and len(tokens) >= VERY_MANY_TOKENS and library is not None:
-        is_decoded = library.level <= AVX2
+        is_decoded = library.multiplies_fp32_faster
     if library is not None and is_decoded:
         out = linear_by_decoding(library, tokens, weight, weight_scale, bits, bias)
     elif library is not None and x.dtype in DTYPE_CODES and (num_groups == 1 or group_size % 64 == 0):

@@ -227,6 +227,17 @@ EXPORT int glm_multiplies_bfloat16(void)
 #endif
 }
 
+/* Tell whether the vendor's library multiplies fp32 faster than the kernels do, by 1.2 to 1.9 times from 128 tokens. */
+EXPORT int glm_multiplies_fp32_faster(int level)
+{
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    return level < 2 || __builtin_cpu_is("intel"); /* on others it does not use AVX-512 */
+#else
+    return level < 2;
+#endif
+}
+
 /* Return the best level that this CPU has. */
 EXPORT int glm_best_level(void)
 {

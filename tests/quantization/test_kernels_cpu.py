@@ -232,3 +232,17 @@ def test_kernels_use_the_instructions_of_their_set_only(library):
         for called in re.findall(r"\tcall +\w+ <([^>+]+)>", body):
             assert called.endswith((suffix[0], "@plt")), (name, called)
     assert found >= 3 * 6
+
+
+@pytest.mark.parametrize("num_tokens", [kernels.VERY_MANY_TOKENS - 1, kernels.VERY_MANY_TOKENS])
+@pytest.mark.parametrize("is_faster", [False, True])
+def test_many_tokens_are_multiplied_by_whichever_is_faster(library, monkeypatch, num_tokens, is_faster):
+    monkeypatch.setattr(kernels, "kernel_library", lambda: library)
+    monkeypatch.setattr(library, "multiplies_fp32_faster", is_faster)
+    calls = []
+    decode = library.decode
+    monkeypatch.setattr(library, "decode", lambda *args, **options: calls.append(1) or decode(*args, **options))
+    weight, scale, exact = matrix(96, 256, 4, 2)
+    x = torch.randn(num_tokens, 256)
+    assert_close(kernels.quantized_linear_cpu(x, weight, scale, 4), x, exact)
+    assert bool(calls) == (is_faster and num_tokens == kernels.VERY_MANY_TOKENS)
