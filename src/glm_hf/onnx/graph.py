@@ -130,10 +130,16 @@ class GraphBuilder:
             )
             for kind, part in (("key", key), ("value", value))
         )
-        options: dict[str, Any] = {} if self.dtype == TensorProto.FLOAT else {"softmax_precision": TensorProto.FLOAT}
-        output = self.add("Attention", query, key, value, "attention_mask", **options)  # (B, H, L, K)
+        output = self.attend(query, key, value)
         output = self.add("Transpose", output, perm=[0, 2, 1, 3])
         return self.add_linear(f"{name}.dense.weight", self.add("Reshape", output, self.ints([-1, heads * size])))
+
+    def attend(self, query: str, key: str, value: str) -> str:
+        """Write attention `(B, H, L, K)` in fp32, as the scores of deep layers are beyond fp16."""
+        if self.dtype == TensorProto.FLOAT:
+            return self.add("Attention", query, key, value, "attention_mask")
+        wide = [self.add("Cast", states, to=TensorProto.FLOAT) for states in (query, key, value)]
+        return self.add("Cast", self.add("Attention", *wide, "attention_mask"), to=self.dtype)
 
     def add_norm(self, name: str, states: str) -> str:
         """Write a layer norm of the last dimension."""

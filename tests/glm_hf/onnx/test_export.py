@@ -129,6 +129,20 @@ def test_half_precision_is_as_near_as_torch_in_half(tmp_path):
     assert generated.shape[1] == 7 + 1 + 5
 
 
+def test_scores_beyond_half_precision_do_no_harm(tmp_path):
+    src = save_model(tmp_path / "model", torch.float32)
+    model = GLMForBlankInfilling.from_pretrained(src)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            rows = layer.attention.query_key_value.weight.view(SIZES["num_attention_heads"], 3, -1)
+            rows[:, :2] *= 400  # queries and keys
+    model.save_pretrained(src)
+    export_onnx(src, tmp_path / "graph", dtype="fp16")
+    found = logits_of(ORTGLMForBlankInfilling.from_pretrained(tmp_path / "graph"))
+    expected = logits_of(model.eval())
+    assert (found - expected).abs().max() < 0.05 * expected.abs().max()
+
+
 def test_weights_lie_in_the_file_once_and_unchanged(tmp_path):
     src = save_model(tmp_path / "model", torch.float32)
     export_onnx(src, tmp_path / "graph")
