@@ -110,7 +110,7 @@ def test_commands_that_are_not_run_have_known_options(page):
             elif words[0] == "make":
                 assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text()
             else:
-                assert words[0] in ("pip", "deepspeed", "torchrun", "optimum-cli"), line
+                assert words[0] in ("pip", "deepspeed", "torchrun", "optimum-cli", "export"), line
 
 
 @pytest.mark.parametrize("page", [pytest.param(page, id=page.stem) for page in (*PAGES, ROOT / "CONTRIBUTING.md")])

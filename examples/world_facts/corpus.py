@@ -108,6 +108,7 @@ class Answers:
             self.facts[fact.relation].append(fact.slots)
         self.fitting: dict[tuple[str, str, tuple[str, ...]], dict[tuple[str, ...], set[str]]] = {}
         self.of_blank: dict[str, set[str]] = defaultdict(set)
+        self.of_slot: dict[tuple[str, str], tuple[list[str], dict[str, list[int]]]] = {}
         for sentence in sentences:
             for place in sentence.places:
                 self.of_blank[normal(sentence.blank([place]))].add(sentence.pieces[place])
@@ -134,13 +135,25 @@ class Answers:
         before = [other for other in sentence.places if other < place]
         return bool(before) and self.is_one(sentence, place, before)
 
+    def values(self, relation: str, slot: str) -> tuple[list[str], dict[str, list[int]]]:
+        """Return what facts of a relation have in a slot, sorted, and the numbers of those alike in lower case."""
+        if (relation, slot) not in self.of_slot:
+            values = sorted({slots[slot] for slots in self.facts[relation]})
+            numbers: dict[str, list[int]] = defaultdict(list)
+            for number, value in enumerate(values):
+                numbers[value.lower()].append(number)
+            self.of_slot[relation, slot] = values, numbers
+        return self.of_slot[relation, slot]
+
     def choices(self, sentence: Sentence, place: int, rng: random.Random) -> list[str]:
         """Return the piece at `place` and up to three others that other facts of its relation have there."""
         answer = sentence.pieces[place]
-        values = {slots[sentence.name(place)] for slots in self.facts[sentence.relation]}
-        others = sorted(value for value in values if value.lower() != answer.lower())
+        values, numbers = self.values(sentence.relation, sentence.name(place))
+        others, same = values.copy(), numbers.get(answer.lower(), [])
+        for number in reversed(same):
+            del others[number]
         chosen = rng.sample(others, min(CHOICES - 1, len(others)))
-        if answer not in values:  # a capital at the beginning of a sentence
+        if answer not in [values[number] for number in same]:  # a capital at the beginning of a sentence
             chosen = [value[:1].upper() + value[1:] for value in chosen]
         return shuffled([answer, *chosen], rng)
 

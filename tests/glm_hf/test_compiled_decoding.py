@@ -96,6 +96,7 @@ def run_rank(rank: int, folder: Path, is_quantized: bool) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.parametrize("model", ["INT4"], indirect=True)
 def test_two_ranks_give_the_tokens_of_one(model, tmp_path):
     is_quantized = hasattr(model, "hf_quantizer")
     if is_quantized and CASTS_BEFORE_CONVERTING:

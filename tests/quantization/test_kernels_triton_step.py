@@ -84,9 +84,8 @@ def check(model: GLMForBlankInfilling, lengths: list[int], room: int = 150, has_
             assert torch.equal(found[row, :, length:], before[row, :, length:])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize(("sizes", "dtype"), [("powers of two", torch.float32), ("odd sizes", torch.float16)])
 def test_step_is_that_of_the_layer(tmp_path, sizes, bits, dtype):
     model = make_layer(tmp_path, sizes, dtype, bits=bits)
     for lengths in ([1], [150], [65, 3, 64]):
@@ -104,8 +103,7 @@ def test_groups(tmp_path, bits):
     check(model, [9, 30])
 
 
-@pytest.mark.parametrize("has_tensor_cores", [True, False])
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("bits", "has_tensor_cores"), [(4, True), (8, True), (4, False)])
 def test_many_rows_are_multiplied_in_tiles(tmp_path, bits, has_tensor_cores):
     model = make_layer(tmp_path, "odd sizes", torch.float16, bits=bits)
     check(model, torch.randint(1, 30, (19,)).tolist(), room=40, has_tensor_cores=has_tensor_cores)
@@ -116,11 +114,11 @@ def test_kernels_compile_without_a_gpu(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     table = Path(__file__).parents[2] / "benchmarks" / "step_kernels.py"
-    command = [sys.executable, table, "--capabilities", "75", "86"]
+    command = [sys.executable, table, "--capabilities", "86"]
     done = subprocess.run(command, check=True, env=environment, capture_output=True, text=True)
     rows = done.stdout.splitlines()[2:]
     assert len(rows) == 15
-    assert all(re.fullmatch(r"[\w ,]+?( +(\d+ / 0|-)){2}", row) for row in rows), done.stdout
+    assert all(re.fullmatch(r"[\w ,]+?( +(\d+ / 0|-))", row) for row in rows), done.stdout
 
 
 def test_groups_that_are_too_short_are_refused(tmp_path):

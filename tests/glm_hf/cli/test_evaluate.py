@@ -139,12 +139,19 @@ def start(*arguments):
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_run_goes_on_and_gives_the_same_table(ending, tmp_path):
-    output, arguments = tmp_path / "result.json", (MODEL, "--tasks-dir", GOLDEN, "--data-dir", GOLDEN)
+@pytest.fixture(scope="module")
+def three_tasks():
+    """Arguments of a run of three tasks, and its table."""
     names = ("lm_bidirectional_short/task", "gen_beam_gmask/task", "mul_mask_multi/task")
-    expected, _ = start(*arguments, *names).communicate(timeout=120)
-    process = start(*arguments, *names, "--output", output)
+    arguments = (MODEL, *names, "--tasks-dir", GOLDEN, "--data-dir", GOLDEN)
+    table, _ = start(*arguments).communicate(timeout=120)
+    return arguments, table
+
+
+@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_run_goes_on_and_gives_the_same_table(ending, tmp_path, three_tasks):
+    output, (arguments, expected) = tmp_path / "result.json", three_tasks
+    process = start(*arguments, "--output", output)
     journal = tmp_path / ".result.json.partial"
     while process.poll() is None and not (journal.exists() and len(journal.read_bytes().splitlines()) > 30):
         time.sleep(0.01)
@@ -153,7 +160,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_table(ending, tmp_path):
     assert not output.exists()
     known = len(journal.read_text().splitlines())
     assert known > 30
-    found, _ = start(*arguments, *names, "--output", output).communicate(timeout=120)
+    found, _ = start(*arguments, "--output", output).communicate(timeout=120)
     assert found == expected
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
 
