@@ -282,10 +282,9 @@ class SeparateRows:
 
     def _documents(self, first: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         """Return where documents start, and their lengths, `(documents, 2)` of instructions."""
+        parts = self.corpus.read_boundaries(*((2 * first, 2 * end) if self.is_instructions else (first, end)))
         if self.is_instructions:
-            parts = np.asarray(self.corpus.boundaries[2 * first : 2 * end + 1])
             return parts[:-1:2], np.diff(parts).reshape(-1, 2)
-        parts = np.asarray(self.corpus.boundaries[first : end + 1])
         return parts[:-1], np.diff(parts) - 1
 
     def _require_short(self, with_sop: np.ndarray) -> None:

@@ -54,6 +54,10 @@ class TokenFile:
         """Pickle the folder only."""
         return _map_files, (self.folder,)
 
+    def read_boundaries(self, first: int, last: int) -> np.ndarray:
+        """Return the boundaries from one to another, both included."""
+        return read_numbers(self.folder / BOUNDARIES_FILE, self.boundaries, first, last + 1 - first)
+
     @property
     def num_documents(self) -> int:
         """Documents, or pairs of context and target."""
@@ -160,7 +164,7 @@ def require_ids(corpus: TokenFile, vocab_size: int, forbidden: Iterable[int]) ->
     unwanted = np.array([] if has_masks else sorted(forbidden), corpus.tokens.dtype)
     step = BLOCK_BYTES // corpus.tokens.itemsize
     for block in blocks_at_opening(-(-len(corpus.tokens) // step)):
-        ids = corpus.tokens[block * step : (block + 1) * step]
+        ids = read_numbers(corpus.folder / TOKENS_FILE, corpus.tokens, block * step, step)
         if ids.max() >= vocab_size or ids.min() < 0 or any((ids == one).any() for one in unwanted):
             wrong = (ids >= vocab_size) | (ids < 0) | np.isin(ids, unwanted)
             place = int(wrong.argmax())
@@ -230,10 +234,17 @@ def _problems(corpus: TokenFile, choose: Callable[[int], Sequence[int]]) -> Iter
                     yield f"{path} is damaged: bytes {start:,} to {end:,} are not those that were written"
     step = BLOCK_BYTES // 8
     for block in choose(-(-len(corpus.boundaries) // step)):
-        starts = corpus.boundaries[block * step : (block + 1) * step + 1]
+        starts = corpus.read_boundaries(block * step, (block + 1) * step)
         if starts[0] < 0 or (np.diff(starts) < 0).any():
             yield f"{corpus.folder / BOUNDARIES_FILE} is damaged: its numbers do not rise"
             return
+
+
+def read_numbers(path: Path, mapped: np.ndarray, start: int, count: int) -> np.ndarray:
+    """Return some numbers of a file without its map, whose pages would count as memory of this process."""
+    if not isinstance(mapped, np.memmap):
+        return mapped[start : start + count]
+    return np.fromfile(path, mapped.dtype, count, offset=mapped.offset + start * mapped.itemsize)
 
 
 def blocks_at_opening(count: int) -> Sequence[int]:
