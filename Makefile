@@ -14,13 +14,14 @@ OLDEST_TESTS := tests/glm_hf/test_golden_*.py tests/glm_hf/test_*_glm.py tests/g
         tests/glm_hf/test_masked_lm.py tests/glm_hf/test_peft.py tests/glm_hf/pipelines tests/glm_hf/hub \
         tests/glm_hf/decoding tests/quantization tests/test_main_road.py
 
+C_SOURCES := $(wildcard quantization/cpu/*.[ch] training/data/tokenizing/*.c)
 .PHONY: install demo test test-oldest quality clean fuzz kill \
         bench bench-startup bench-checkpoints bench-conversion bench-int4 bench-bias bench-step-kernels bench-decode bench-data bench-data-scale bench-train-step bench-training-memory bench-serve bench-evaluate bench-onnx soak
 
 install: $(INSTALLED)
 
 # torch goes first and by its pin, since a bare requirement may bring another build. Wheels are preferred to sources.
-$(INSTALLED): setup.cfg setup.py pyproject.toml constraints.txt $(wildcard quantization/cpu/*.[ch])
+$(INSTALLED): setup.cfg setup.py pyproject.toml constraints.txt $(C_SOURCES)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "glm_hf needs Python 3.11 or newer")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
@@ -40,7 +41,7 @@ test: $(INSTALLED)
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/pytest -n $(WORKERS) --dist loadfile $(OLDEST_TESTS)
 
-$(OLDEST)/.installed: setup.cfg setup.py pyproject.toml constraints-oldest.txt $(wildcard quantization/cpu/*.[ch])
+$(OLDEST)/.installed: setup.cfg setup.py pyproject.toml constraints-oldest.txt $(C_SOURCES)
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check \
 	    $(shell grep '^torch==' constraints-oldest.txt)

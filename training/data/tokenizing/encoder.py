@@ -14,9 +14,10 @@ from contextlib import suppress
 from typing import Any
 
 import numpy as np
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Tokenizer
 
 from glm_hf.training.data.tokenizing.normalizer import FastNormalizer
+from glm_hf.training.data.tokenizing.unigram import UnigramEncoder, unigram_encoder
 
 PIECE_CHARACTERS = 1 << 12
 """Short, so that a letter which is not simple makes little of a text slow."""
@@ -40,24 +41,47 @@ class TextEncoder:
         state, self.dtype = json.loads(backend), dtype
         self.backend = _configured(state, splits_special_tokens)
         self.normalizer: FastNormalizer | None = None
-        self.rest = self.backend
+        self.unigram: UnigramEncoder | None = None
         if splits_special_tokens and is_plain(state):
             with suppress(ValueError):
                 self.normalizer = FastNormalizer((state["normalizer"] or {}).get("normalizers", []))
-                self.rest = _configured(state | {"normalizer": None}, splits_special_tokens)
+                self.unigram = unigram_encoder(state, self.normalizer)
+        self.rest = self.backend
+        if self.normalizer and self.unigram is None:
+            self.rest = _configured(state | {"normalizer": None}, splits_special_tokens)
         symbols = cut_symbols(state) if splits_special_tokens else ""
         self.num_dropped = {symbol: len(ids) for symbol, ids in zip(symbols, self.encode(list(symbols)), strict=True)}
         self.cut = re.compile(f"[{symbols}](?=[{STARTS}])") if symbols else None
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return the ids of each text."""
+        ids, lengths = self.encode_joined(texts)
+        ends = np.cumsum(lengths).tolist()
+        return [ids[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+
+    def encode_joined(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ids of all texts one behind the other, and how many each has, int64."""
+        if self.unigram is None:
+            found = self._encode_by_library(texts)
+            return np.concatenate([np.empty(0, self.dtype), *found]), np.array([len(ids) for ids in found], np.int64)
+        ids, lengths = self.unigram.encode(texts)
+        ids = ids.astype(self.dtype)
+        others = np.flatnonzero(lengths < 0)
+        if others.size:
+            found = _encode(self.backend, [texts[number] for number in others.tolist()], self.dtype)
+            counts = [len(ids) for ids in found]
+            lengths[others] = 0
+            ids = np.insert(ids, np.cumsum(lengths)[others].repeat(counts), np.concatenate(found))
+            lengths[others] = counts
+        return ids, lengths
+
+    def _encode_by_library(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Return the ids of each text as the tokenizers library gives them."""
         normalized = [self.normalizer.normalize(text) if self.normalizer else None for text in texts]
-        whole = iter(
-            _encode(self.backend, [text for text, done in zip(texts, normalized, strict=True) if done is None])
-        )
-        rest = iter(_encode(self.rest, [done for done in normalized if done is not None]))
-        encodings = (next(whole if done is None else rest) for done in normalized)
-        return [np.array(encoding.ids, self.dtype) for encoding in encodings]
+        whole = [text for text, done in zip(texts, normalized, strict=True) if done is None]
+        encoded_whole = iter(_encode(self.backend, whole, self.dtype))
+        encoded_rest = iter(_encode(self.rest, [done for done in normalized if done is not None], self.dtype))
+        return [next(encoded_whole if done is None else encoded_rest) for done in normalized]
 
     def pieces(self, text: str) -> Iterator[tuple[str, int]]:
         """
@@ -97,8 +121,9 @@ def _configured(state: dict, splits_special_tokens: bool) -> Tokenizer:
     return backend
 
 
-def _encode(backend: Tokenizer, texts: list[str]) -> list[Encoding]:
-    return getattr(backend, "encode_batch_fast", backend.encode_batch)(texts)
+def _encode(backend: Tokenizer, texts: list[str], dtype: np.dtype) -> list[np.ndarray]:
+    encodings = getattr(backend, "encode_batch_fast", backend.encode_batch)(texts)
+    return [np.array(encoding.ids, dtype) for encoding in encodings]
 
 
 def is_plain(state: dict) -> bool:

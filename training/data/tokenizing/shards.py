@@ -83,20 +83,19 @@ class ShardMaker:
 
     def _texts(self, task: Task) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield ids, and the lengths of the documents that end in them."""
-        eos = np.array([self.job.eos_token_id], self.dtype)
-        length = 0
+        begun = 0
         for batch in _batches(self._pieces(task)):
-            arrays, lengths = [], []
-            for ids, (_, num_dropped, is_last) in zip(
-                self.texts.encode([text for text, _, _ in batch]), batch, strict=True
-            ):
-                arrays.append(ids[num_dropped:])
-                length += len(arrays[-1])
-                if is_last and length:
-                    arrays.append(eos)
-                    lengths.append(length + 1)
-                    length = 0
-            yield np.concatenate(arrays), np.array(lengths, np.int64)
+            ids, lengths = self.texts.encode_joined([text for text, _, _ in batch])
+            num_dropped = np.array([number for _, number, _ in batch], np.int64)
+            if num_dropped.any():
+                starts = np.cumsum(lengths) - lengths
+                ids = ids[np.arange(len(ids)) >= np.repeat(starts + num_dropped, lengths)]
+                lengths = lengths - num_dropped
+            ends = np.cumsum(lengths)[np.array([is_last for _, _, is_last in batch])]
+            documents = np.diff(ends, prepend=-begun)
+            begun = len(ids) - (int(ends[-1]) if len(ends) else -begun)
+            ends, documents = ends[documents > 0], documents[documents > 0]
+            yield np.insert(ids, ends, self.job.eos_token_id), documents + 1
 
     def _pieces(self, task: Task) -> Iterator[tuple[str, int, bool]]:
         """Yield the pieces of texts, how many ids of each are to be dropped, and whether its text ends with it."""
