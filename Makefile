@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TORCH := $(shell grep '^torch==' constraints.txt)
+C_SOURCES := $(wildcard quantization/cpu/*.[ch] training/data/tokenizing/*.c)
 
 # Tests are run by this many processes, a file at a time; a thread each.
 WORKERS ?= 2
@@ -14,7 +15,6 @@ OLDEST_TESTS := tests/glm_hf/test_golden_*.py tests/glm_hf/test_*_glm.py tests/g
         tests/glm_hf/test_masked_lm.py tests/glm_hf/test_peft.py tests/glm_hf/pipelines tests/glm_hf/hub \
         tests/glm_hf/decoding tests/quantization tests/test_main_road.py
 
-C_SOURCES := $(wildcard quantization/cpu/*.[ch] training/data/tokenizing/*.c)
 .PHONY: install demo test test-oldest quality clean fuzz kill \
         bench bench-startup bench-checkpoints bench-conversion bench-int4 bench-bias bench-step-kernels bench-decode bench-data bench-data-scale bench-train-step bench-training-memory bench-serve bench-evaluate bench-onnx soak
 
