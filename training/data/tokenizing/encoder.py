@@ -9,7 +9,7 @@ character that may join the symbol's last one in normalisation, such as a combin
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -39,7 +39,7 @@ class TextEncoder:
 
     def __init__(self, backend: str, dtype: np.dtype, splits_special_tokens: bool) -> None:
         state, self.dtype = json.loads(backend), dtype
-        self.backend = _configured(state, splits_special_tokens)
+        self.backend = _configured(backend, splits_special_tokens)
         self.normalizer: FastNormalizer | None = None
         self.unigram: UnigramEncoder | None = None
         if splits_special_tokens and is_plain(state):
@@ -48,7 +48,7 @@ class TextEncoder:
                 self.unigram = unigram_encoder(state, self.normalizer)
         self.rest = self.backend
         if self.normalizer and self.unigram is None:
-            self.rest = _configured(state | {"normalizer": None}, splits_special_tokens)
+            self.rest = _configured(json.dumps(state | {"normalizer": None}), splits_special_tokens)
         symbols = cut_symbols(state) if splits_special_tokens else ""
         self.num_dropped = {symbol: len(ids) for symbol, ids in zip(symbols, self.encode(list(symbols)), strict=True)}
         self.cut = re.compile(f"[{symbols}](?=[{STARTS}])") if symbols else None
@@ -63,13 +63,15 @@ class TextEncoder:
         """Return the ids of all texts one behind the other, and how many each has, int64."""
         if self.unigram is None:
             found = self._encode_by_library(texts)
-            return np.concatenate([np.empty(0, self.dtype), *found]), np.array([len(ids) for ids in found], np.int64)
+            return np.concatenate([np.empty(0, self.dtype), *found]), np.array(
+                [len(array) for array in found], np.int64
+            )
         ids, lengths = self.unigram.encode(texts)
         ids = ids.astype(self.dtype)
         others = np.flatnonzero(lengths < 0)
         if others.size:
             found = _encode(self.backend, [texts[number] for number in others.tolist()], self.dtype)
-            counts = [len(ids) for ids in found]
+            counts = [len(array) for array in found]
             lengths[others] = 0
             ids = np.insert(ids, np.cumsum(lengths)[others].repeat(counts), np.concatenate(found))
             lengths[others] = counts
@@ -83,26 +85,30 @@ class TextEncoder:
         encoded_rest = iter(_encode(self.rest, [done for done in normalized if done is not None], self.dtype))
         return [next(encoded_whole if done is None else encoded_rest) for done in normalized]
 
-    def pieces(self, text: str) -> Iterator[tuple[str, int]]:
+    def pieces(self, text: str) -> Iterable[tuple[str, int, bool]]:
         """
-        Yield the pieces of a text, and how many ids at the start of each are to be dropped.
+        Return the pieces of a text, how many ids at the start of each are to be dropped, and whether it is the last.
 
         Raises:
-            ValueError: If it is too long, and cannot be cut.
+            ValueError: Once there, if it is too long and cannot be cut.
         """
+        return self._cut(text) if len(text) > PIECE_CHARACTERS else ((text, 0, True),)
+
+    def _cut(self, text: str) -> Iterator[tuple[str, int, bool]]:
+        """Yield the pieces of a long text."""
         start = num_dropped = 0
         while len(text) - start > PIECE_CHARACTERS and self.cut:
             cut = self.cut.search(text, start + PIECE_CHARACTERS, start + MOST_UNCUT_CHARACTERS)
             if cut is None:
                 break
-            yield text[start : cut.end()], num_dropped
+            yield text[start : cut.end()], num_dropped, False
             start, num_dropped = cut.start(), self.num_dropped[cut.group()]
         if len(text) - start > MOST_UNCUT_CHARACTERS:
             raise ValueError(
                 f"it has {MOST_UNCUT_CHARACTERS:,} characters without a line break or tab at which the tokenizer's "
                 "input can be cut; split it"
             )
-        yield text[start:] if start else text, num_dropped
+        yield text[start:], num_dropped, True
 
 
 def fingerprint(tokenizer: Any) -> str:
@@ -112,13 +118,13 @@ def fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(state).encode()).hexdigest()
 
 
-def _configured(state: dict, splits_special_tokens: bool) -> Tokenizer:
+def _configured(backend: str, splits_special_tokens: bool) -> Tokenizer:
     """Return a fast tokenizer that neither pads nor truncates."""
-    backend = Tokenizer.from_str(json.dumps(state))
-    backend.no_padding()
-    backend.no_truncation()
-    backend.encode_special_tokens = splits_special_tokens
-    return backend
+    loaded = Tokenizer.from_str(backend)
+    loaded.no_padding()
+    loaded.no_truncation()
+    loaded.encode_special_tokens = splits_special_tokens
+    return loaded
 
 
 def _encode(backend: Tokenizer, texts: list[str], dtype: np.dtype) -> list[np.ndarray]:

@@ -83,34 +83,28 @@ class ShardMaker:
 
     def _texts(self, task: Task) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield ids, and the lengths of the documents that end in them."""
-        begun = 0
+        num_begun = 0  # ids of a document that ends in a later batch
         for batch in _batches(self._pieces(task)):
             ids, lengths = self.texts.encode_joined([text for text, _, _ in batch])
             num_dropped = np.array([number for _, number, _ in batch], np.int64)
             if num_dropped.any():
                 starts = np.cumsum(lengths) - lengths
                 ids = ids[np.arange(len(ids)) >= np.repeat(starts + num_dropped, lengths)]
-                lengths = lengths - num_dropped
+                lengths -= num_dropped
             ends = np.cumsum(lengths)[np.array([is_last for _, _, is_last in batch])]
-            documents = np.diff(ends, prepend=-begun)
-            begun = len(ids) - (int(ends[-1]) if len(ends) else -begun)
-            ends, documents = ends[documents > 0], documents[documents > 0]
-            yield np.insert(ids, ends, self.job.eos_token_id), documents + 1
+            documents = np.diff(ends, prepend=-num_begun)
+            num_begun = len(ids) - int(ends[-1]) if len(ends) else num_begun + len(ids)
+            some = documents > 0
+            yield np.insert(ids, ends[some], self.job.eos_token_id), documents[some] + 1
 
     def _pieces(self, task: Task) -> Iterator[tuple[str, int, bool]]:
         """Yield the pieces of texts, how many ids of each are to be dropped, and whether its text ends with it."""
         for piece, number, record in self._records(task):
             [text] = self._strings(piece, number, record)
             try:
-                held = None
-                for found in self.texts.pieces(text):
-                    if held is not None:
-                        yield *held, False
-                    held = found
+                yield from self.texts.pieces(text)
             except ValueError as error:
                 raise ValueError(f"{place_of(piece, number)}: {error}") from error
-            if held is not None:
-                yield *held, True
 
     def _instructions(self, task: Task) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield the ids of contexts and targets in turns, and their lengths."""
