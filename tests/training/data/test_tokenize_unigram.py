@@ -135,6 +135,8 @@ def test_texts_of_other_letters_stand_where_they_belong(tokenizer, monkeypatch, 
         monkeypatch.setattr(encoder, "unigram_encoder", lambda state, normalizer: None)
     texts = encoder.TextEncoder(tokenizer.backend_tokenizer.to_str(), np.dtype("<u2"), True)
     lines = ["e\u0301", "", "a", "e\u0301", "\u1112\u1161", "the people", "", "\r\n", *generate(KINDS, 5, seed=3), "b"]
+    lines += ["\n".join(generate([*KINDS, any_unicode], 2, seed=seed)) for seed in range(20)]
+    lines += ["\n\ne\u0301\n a\n\u0301\n\n", "\r\n\n"]
     expected = [tokenizer.encode(line, split_special_tokens=True) for line in lines]
     ids, lengths = texts.encode_joined(lines)
     assert (texts.unigram is not None) == has_c

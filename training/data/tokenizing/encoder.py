@@ -9,7 +9,7 @@ character that may join the symbol's last one in normalisation, such as a combin
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -25,6 +25,8 @@ MOST_UNCUT_CHARACTERS = 8 * 2**20
 """Longest text without a place to cut it, as the tokenizer takes some hundred times the memory."""
 STARTS = "\t\n -~\u4e00-\u9fff"
 """What a piece may begin with behind its symbol: characters that no normalisation joins to the one before."""
+
+Encode = Callable[[list[str]], tuple[np.ndarray, np.ndarray]]
 
 
 class TextEncoder:
@@ -49,9 +51,11 @@ class TextEncoder:
         self.rest = self.backend
         if self.normalizer and self.unigram is None:
             self.rest = _configured(json.dumps(state | {"normalizer": None}), splits_special_tokens)
+        self.cut: re.Pattern | None = None
         symbols = cut_symbols(state) if splits_special_tokens else ""
         self.num_dropped = {symbol: len(ids) for symbol, ids in zip(symbols, self.encode(list(symbols)), strict=True)}
-        self.cut = re.compile(f"[{symbols}](?=[{STARTS}])") if symbols else None
+        if symbols:
+            self.cut = re.compile(f"[{symbols}](?=[{STARTS}])")
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return the ids of each text."""
@@ -61,29 +65,39 @@ class TextEncoder:
 
     def encode_joined(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Return the ids of all texts one behind the other, and how many each has, int64."""
-        if self.unigram is None:
-            found = self._encode_by_library(texts)
-            return np.concatenate([np.empty(0, self.dtype), *found]), np.array(
-                [len(array) for array in found], np.int64
-            )
-        ids, lengths = self.unigram.encode(texts)
-        ids = ids.astype(self.dtype)
+        return self._encode(texts, self._encode_lines)
+
+    def _encode_lines(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Encode texts line by line, so that only the lines with letters that are not simple are slow."""
+        lines = [list(self._cut(text, 1)) for text in texts]
+        pieces = [piece for text in lines for piece, _, _ in text]
+        ids, lengths = self._encode(pieces, lambda others: _encode_by_library(self.backend, others, self.dtype))
+        num_dropped = np.array([number for text in lines for _, number, _ in text], np.int64)
+        ids, lengths = drop_first(ids, lengths, num_dropped)
+        return ids, np.add.reduceat(lengths, np.cumsum([0, *map(len, lines[:-1])]))
+
+    def _encode(self, texts: Sequence[str], encode_others: Encode) -> tuple[np.ndarray, np.ndarray]:
+        """Encode texts of simple letters by the fast way, and the others as is said."""
+        ids, lengths = self._encode_simple(texts)
         others = np.flatnonzero(lengths < 0)
         if others.size:
-            found = _encode(self.backend, [texts[number] for number in others.tolist()], self.dtype)
-            counts = [len(array) for array in found]
+            other_ids, counts = encode_others([texts[number] for number in others.tolist()])
             lengths[others] = 0
-            ids = np.insert(ids, np.cumsum(lengths)[others].repeat(counts), np.concatenate(found))
+            ids = np.insert(ids, np.cumsum(lengths)[others].repeat(counts), other_ids)
             lengths[others] = counts
         return ids, lengths
 
-    def _encode_by_library(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Return the ids of each text as the tokenizers library gives them."""
+    def _encode_simple(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Encode the texts of simple letters; the others have no ids and the length -1."""
+        if self.unigram:
+            ids, lengths = self.unigram.encode(texts)
+            return ids.astype(self.dtype), lengths
         normalized = [self.normalizer.normalize(text) if self.normalizer else None for text in texts]
-        whole = [text for text, done in zip(texts, normalized, strict=True) if done is None]
-        encoded_whole = iter(_encode(self.backend, whole, self.dtype))
-        encoded_rest = iter(_encode(self.rest, [done for done in normalized if done is not None], self.dtype))
-        return [next(encoded_whole if done is None else encoded_rest) for done in normalized]
+        simple = [text for text in normalized if text is not None]
+        ids, counts = _encode_by_library(self.rest, simple, self.dtype)
+        lengths = np.full(len(texts), -1, np.int64)
+        lengths[[text is not None for text in normalized]] = counts
+        return ids, lengths
 
     def pieces(self, text: str) -> Iterable[tuple[str, int, bool]]:
         """
@@ -92,13 +106,13 @@ class TextEncoder:
         Raises:
             ValueError: Once there, if it is too long and cannot be cut.
         """
-        return self._cut(text) if len(text) > PIECE_CHARACTERS else ((text, 0, True),)
+        return self._cut(text, PIECE_CHARACTERS) if len(text) > PIECE_CHARACTERS else ((text, 0, True),)
 
-    def _cut(self, text: str) -> Iterator[tuple[str, int, bool]]:
-        """Yield the pieces of a long text."""
+    def _cut(self, text: str, size: int) -> Iterator[tuple[str, int, bool]]:
+        """Yield the pieces of a text, each as soon as it has more characters than `size`."""
         start = num_dropped = 0
-        while len(text) - start > PIECE_CHARACTERS and self.cut:
-            cut = self.cut.search(text, start + PIECE_CHARACTERS, start + MOST_UNCUT_CHARACTERS)
+        while len(text) - start > size and self.cut:
+            cut = self.cut.search(text, start + size, start + MOST_UNCUT_CHARACTERS)
             if cut is None:
                 break
             yield text[start : cut.end()], num_dropped, False
@@ -127,9 +141,28 @@ def _configured(backend: str, splits_special_tokens: bool) -> Tokenizer:
     return loaded
 
 
-def _encode(backend: Tokenizer, texts: list[str], dtype: np.dtype) -> list[np.ndarray]:
+def _encode_by_library(backend: Tokenizer, texts: list[str], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
     encodings = getattr(backend, "encode_batch_fast", backend.encode_batch)(texts)
-    return [np.array(encoding.ids, dtype) for encoding in encodings]
+    found = [np.array(encoding.ids, dtype) for encoding in encodings]
+    return np.concatenate([np.empty(0, dtype), *found]), np.array([len(ids) for ids in found], np.int64)
+
+
+def drop_first(ids: np.ndarray, lengths: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Drop the first ids of texts.
+
+    Args:
+        ids: Ids of all texts one behind the other.
+        lengths: Number of ids of each.
+        counts: How many of them to drop.
+
+    Returns:
+        The ids and numbers that are left.
+    """
+    if not counts.any():
+        return ids, lengths
+    starts = np.cumsum(lengths) - lengths
+    return ids[np.arange(len(ids)) >= np.repeat(starts + counts, lengths)], lengths - counts
 
 
 def is_plain(state: dict) -> bool:

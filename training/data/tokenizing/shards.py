@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from glm_hf.training.data.tokenizing.encoder import TextEncoder
+from glm_hf.training.data.tokenizing.encoder import TextEncoder, drop_first
 from glm_hf.training.data.tokenizing.instructions import InstructionRule
 from glm_hf.training.data.tokenizing.records import MOST_RECORD_BYTES, Record, place_of, read_records
 from glm_hf.training.data.tokenizing.sources import Piece, Task
@@ -87,10 +87,7 @@ class ShardMaker:
         for batch in _batches(self._pieces(task)):
             ids, lengths = self.texts.encode_joined([text for text, _, _ in batch])
             num_dropped = np.array([number for _, number, _ in batch], np.int64)
-            if num_dropped.any():
-                starts = np.cumsum(lengths) - lengths
-                ids = ids[np.arange(len(ids)) >= np.repeat(starts + num_dropped, lengths)]
-                lengths -= num_dropped
+            ids, lengths = drop_first(ids, lengths, num_dropped)
             ends = np.cumsum(lengths)[np.array([is_last for _, _, is_last in batch])]
             documents = np.diff(ends, prepend=-num_begun)
             num_begun = len(ids) - int(ends[-1]) if len(ends) else num_begun + len(ids)
