@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TORCH := $(shell grep '^torch==' constraints.txt)
+C_SOURCES := $(wildcard quantization/cpu/*.[ch] training/data/tokenizing/*.c)
 
 # Tests are run by this many processes, a file at a time; a thread each.
 WORKERS ?= 2
@@ -20,7 +21,7 @@ OLDEST_TESTS := tests/glm_hf/test_golden_*.py tests/glm_hf/test_*_glm.py tests/g
 install: $(INSTALLED)
 
 # torch goes first and by its pin, since a bare requirement may bring another build. Wheels are preferred to sources.
-$(INSTALLED): setup.cfg setup.py pyproject.toml constraints.txt $(wildcard quantization/cpu/*.[ch])
+$(INSTALLED): setup.cfg setup.py pyproject.toml constraints.txt $(C_SOURCES)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "glm_hf needs Python 3.11 or newer")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
@@ -40,7 +41,7 @@ test: $(INSTALLED)
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/pytest -n $(WORKERS) --dist loadfile $(OLDEST_TESTS)
 
-$(OLDEST)/.installed: setup.cfg setup.py pyproject.toml constraints-oldest.txt $(wildcard quantization/cpu/*.[ch])
+$(OLDEST)/.installed: setup.cfg setup.py pyproject.toml constraints-oldest.txt $(C_SOURCES)
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check \
 	    $(shell grep '^torch==' constraints-oldest.txt)

@@ -1,6 +1,6 @@
-"""The C kernels, which are built where a compiler is at hand; everything else is in setup.cfg.
+"""The C code, which is built where a compiler is at hand; everything else is in setup.cfg.
 
-They include no header of Python or torch, so one build serves all versions of both.
+It includes no header of Python or torch, so one build serves all versions of both.
 """
 
 import sys
@@ -16,8 +16,15 @@ kernels_cpu = Extension(
     py_limited_api=True,
     optional=True,
 )
+unigram = Extension(
+    "glm_hf.training.data.tokenizing._unigram",
+    sources=["src/glm_hf/training/data/tokenizing/unigram.c"],
+    extra_compile_args=["-O3", "-fvisibility=hidden"],
+    py_limited_api=True,
+    optional=True,
+)
 
 setup(
-    ext_modules=[] if sys.platform == "win32" else [kernels_cpu],
+    ext_modules=[] if sys.platform == "win32" else [kernels_cpu, unigram],
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

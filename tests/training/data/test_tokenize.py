@@ -179,7 +179,7 @@ def test_a_long_text_in_pieces_has_the_ids_of_the_whole(tokenizer, monkeypatch, 
     assert len(pieces) > 100
     ids = [
         found[num_dropped:]
-        for found, (_, num_dropped) in zip(texts.encode([p for p, _ in pieces]), pieces, strict=True)
+        for found, (_, num_dropped, _) in zip(texts.encode([p for p, _, _ in pieces]), pieces, strict=True)
     ]
     assert [i for part in ids for i in part] == tokenizer.encode(text, split_special_tokens=True)
 

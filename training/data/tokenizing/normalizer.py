@@ -79,6 +79,12 @@ class FastNormalizer:
             text = text.rstrip(SPACE)
         return SPACE + text if self.has_prefix and text else text
 
+    def map_letters(self, letters: str) -> str | None:
+        """Return what letters become behind the first replacements, None if one is not simple."""
+        for letter in set(letters) - self.mapped.keys() - self.others:
+            self._sort(letter)
+        return None if self.others.intersection(letters) else "".join(self.mapped[letter] for letter in letters)
+
     def _sort(self, letter: str) -> None:
         """Put a letter to the simple ones or the others."""
         mapped = self._map(letter)

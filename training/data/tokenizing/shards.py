@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from glm_hf.training.data.tokenizing.encoder import TextEncoder
+from glm_hf.training.data.tokenizing.encoder import TextEncoder, drop_first
 from glm_hf.training.data.tokenizing.instructions import InstructionRule
 from glm_hf.training.data.tokenizing.records import MOST_RECORD_BYTES, Record, place_of, read_records
 from glm_hf.training.data.tokenizing.sources import Piece, Task
@@ -83,35 +83,25 @@ class ShardMaker:
 
     def _texts(self, task: Task) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield ids, and the lengths of the documents that end in them."""
-        eos = np.array([self.job.eos_token_id], self.dtype)
-        length = 0
+        num_begun = 0  # ids of a document that ends in a later batch
         for batch in _batches(self._pieces(task)):
-            arrays, lengths = [], []
-            for ids, (_, num_dropped, is_last) in zip(
-                self.texts.encode([text for text, _, _ in batch]), batch, strict=True
-            ):
-                arrays.append(ids[num_dropped:])
-                length += len(arrays[-1])
-                if is_last and length:
-                    arrays.append(eos)
-                    lengths.append(length + 1)
-                    length = 0
-            yield np.concatenate(arrays), np.array(lengths, np.int64)
+            ids, lengths = self.texts.encode_joined([text for text, _, _ in batch])
+            num_dropped = np.array([number for _, number, _ in batch], np.int64)
+            ids, lengths = drop_first(ids, lengths, num_dropped)
+            ends = np.cumsum(lengths)[np.array([is_last for _, _, is_last in batch])]
+            documents = np.diff(ends, prepend=-num_begun)
+            num_begun = len(ids) - int(ends[-1]) if len(ends) else num_begun + len(ids)
+            some = documents > 0
+            yield np.insert(ids, ends[some], self.job.eos_token_id), documents[some] + 1
 
     def _pieces(self, task: Task) -> Iterator[tuple[str, int, bool]]:
         """Yield the pieces of texts, how many ids of each are to be dropped, and whether its text ends with it."""
         for piece, number, record in self._records(task):
             [text] = self._strings(piece, number, record)
             try:
-                held = None
-                for found in self.texts.pieces(text):
-                    if held is not None:
-                        yield *held, False
-                    held = found
+                yield from self.texts.pieces(text)
             except ValueError as error:
                 raise ValueError(f"{place_of(piece, number)}: {error}") from error
-            if held is not None:
-                yield *held, True
 
     def _instructions(self, task: Task) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield the ids of contexts and targets in turns, and their lengths."""

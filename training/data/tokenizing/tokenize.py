@@ -28,6 +28,7 @@ from glm_hf.training.data.tokenizing.processes import ShardWorkers
 from glm_hf.training.data.tokenizing.records import MOST_RECORD_BYTES, place_of, read_records
 from glm_hf.training.data.tokenizing.shards import Job
 from glm_hf.training.data.tokenizing.sources import Task, find_sources, plan_tasks
+from glm_hf.training.data.tokenizing.unigram import unigram_library
 
 TOKENIZER_FILES = ("*.json", "*.jinja")
 
@@ -144,16 +145,17 @@ def tokenize_files(
     fields = _find_fields(tasks, records, name)
     is_text = len(fields) == 1
     rule = None if is_text else InstructionRule(config, records.row_length, records.targets, records.truncate_inputs)
+    digest = fingerprint(tokenizer)
     plan = _Plan(
         tasks,
         options={
             "version": __version__,
-            "tokenizer": fingerprint(tokenizer),
+            "tokenizer": digest,
             "vocab_size": config.vocab_size,
             "fields": fields,
             "rule": None if is_text else [records.row_length, records.truncate_inputs],
         },
-        facts={"kind": "text" if is_text else "instructions", "source": name, "tokenizer": fingerprint(tokenizer)},
+        facts={"kind": "text" if is_text else "instructions", "source": name, "tokenizer": digest},
     )
     target = AtomicFolder(
         destination(dst),
@@ -165,6 +167,7 @@ def tokenize_files(
         return
     backend, dtype = tokenizer.backend_tokenizer.to_str(), dtype_for(config.vocab_size).str
     job = Job(str(target.work / SHARDS), backend, dtype, config.eos_token_id, fields, rule, records.most_bytes)
+    unigram_library()  # if it is missing, this process says so, not each of the others
     # The processes come first, as a lock that they inherit would outlive this one.
     with ShardWorkers(job, min(num_proc or _num_cores(), len(tasks))) as workers, target.locked():
         target.give_back()
