@@ -216,11 +216,22 @@ class SeparateRows:
         self.is_instructions = corpus.facts["kind"] == "instructions"
         block_tokens = BLOCK_ROWS * recipe.row_length
         edges = np.arange(-(-len(corpus.tokens) // block_tokens) + 1) * block_tokens
-        parts = np.searchsorted(corpus.boundaries[:-1], edges)
+        parts = self._parts_before(edges)
         self.first_documents = (parts + 1) // 2 if self.is_instructions else parts
         self.longest = np.array([recipe.longest_text(name) for name in OBJECTIVES[:3]])
         self.rows_before: dict[int, np.ndarray] = {}
         self.blocks: dict[tuple[int, int], PackedBlocks] = {}
+
+    def _parts_before(self, tokens: np.ndarray) -> np.ndarray:
+        """Return how many parts begin before each of some tokens, which rise."""
+        counts = np.zeros(len(tokens), np.int64)
+        num_parts = len(self.corpus.boundaries) - 1
+        for first in range(0, num_parts, DOCUMENTS_AT_ONCE):
+            starts = self.corpus.read_boundaries(first, min(first + DOCUMENTS_AT_ONCE, num_parts) - 1)
+            inner, after = np.searchsorted(tokens, (starts[0], starts[-1]), side="right")
+            counts[inner:after] += np.searchsorted(starts, tokens[inner:after])
+            counts[after:] += len(starts)
+        return counts
 
     def num_rows(self, partition: int) -> int:
         """Return the rows of an epoch that has this partition."""
