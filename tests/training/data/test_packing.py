@@ -357,3 +357,12 @@ def test_epochs_pack_documents_in_other_ways_and_in_turns():
     ]
     assert rows[0] != rows[1]
     assert rows[0] == rows[2]
+
+
+def test_another_key_packs_documents_in_another_way():
+    tokens, boundaries, _ = documents(np.random.default_rng(0).integers(1, 40, 500).tolist())
+    corpus = TokenFile(Path("corpus"), tokens, boundaries, {"kind": "text"})
+    packed = [rows_of(SeparateRows(corpus, InfillingRecipe(64, 32), key), tokens) for key in (0, 1)]
+    first, second = ([row.tokens.tolist() for row in rows] for rows in packed)
+    assert first != second
+    assert read_once(packed[0]) == read_once(packed[1])
