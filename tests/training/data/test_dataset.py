@@ -277,3 +277,13 @@ def test_impossible_shares_are_errors(corpus_of, settings, message):
 def test_no_corpus_is_an_error():
     with pytest.raises(ValueError, match="give at least one corpus"):
         mixed([])
+
+
+def test_rows_that_are_packed_alike_come_in_another_order_in_another_epoch(corpus_of):
+    rows = mixture.CorpusRows(corpus_of(0, 300), RECIPE, join_documents=False, key=7)
+    counts = [rows.layout.num_rows(partition) for partition in range(rows.layout.num_partitions)]
+    first, later = (
+        [rows.row(start + number, 0).tokens.tolist() for number in range(counts[0])] for start in (0, sum(counts))
+    )
+    assert sorted(first) == sorted(later)
+    assert first != later
