@@ -227,7 +227,7 @@ EXPORT int glm_multiplies_bfloat16(void)
 #endif
 }
 
-/* Tell whether the vendor's library multiplies fp32 faster than the kernels do, by 1.2 to 1.9 times from 128 tokens. */
+/* Tell whether the vendor's library multiplies fp32 faster than the kernels do, by 1.2 to 1.8 times from 128 tokens. */
 EXPORT int glm_multiplies_fp32_faster(int level)
 {
 #if defined(__x86_64__)

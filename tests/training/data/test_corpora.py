@@ -452,18 +452,22 @@ def test_a_tokenization_that_was_cut_off_is_resumed(load, tmp_path, monkeypatch,
     assert parts_of(load(file)) == [[*ids_of(text), tokenizer.eos_token_id] for text in TEXTS]
 
 
-@pytest.mark.parametrize("name", ["text.jsonl", "text.json", "text.jsonl.gz", "text.parquet", "text.txt"])
+@pytest.mark.parametrize(
+    "name", ["text.jsonl", "text.json", "text.jsonl.gz", "text.parquet", "text.txt", "array.json"]
+)
 def test_a_record_that_is_too_long_is_refused_in_little_memory(tmp_path, tokenizer, config, name):
     texts = ["people", "time " * 400_000]
     lines = "\n".join(json.dumps({"text": text}) for text in texts).encode()
     path = tmp_path / name
     if name.endswith(".parquet"):
         pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path)
+    elif name == "array.json":
+        path.write_text(json.dumps([{"text": text} for text in texts]))
     elif name.endswith(".txt"):
         path.write_text(texts[1])
     else:
         path.write_bytes(gzip.compress(lines) if name.endswith(".gz") else lines)
-    with pytest.raises(ValueError, match=r"text.* has more than 1,000,000 bytes; split it, or raise"):
+    with pytest.raises(ValueError, match=r"(text|array).* has more than 1,000,000 bytes; split it, or raise"):
         load_corpus(CorpusSource(str(path), max_record_size=10**6), tokenizer, config, tmp_path / "cache", 64)
     num_documents = 1 if name == "text.txt" else 2
     corpus = load_corpus(CorpusSource(str(path)), tokenizer, config, tmp_path / "cache", 64)

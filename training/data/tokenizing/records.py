@@ -27,16 +27,14 @@ def read_records(
     Args:
         piece: What is to be read.
         fields: Fields that are needed, of which a file may lack some; the text of a text file is in the first.
-        most_bytes: Longest record, and longest file with an array of them.
+        most_bytes: Longest record; an array as a whole may have `MOST_RECORD_BYTES`.
 
     Raises:
         ValueError: If the file cannot be read, has changed, or holds something else.
     """
     if piece.kind == "parquet":
         for number, row in enumerate(guarded(piece.path, _rows(piece, fields))):
-            _require_room(
-                piece, number, sum(len(str(value).encode("utf-8", "replace")) for value in row.values()), most_bytes
-            )
+            _require_room(piece, number, _size_of(row), most_bytes)
             yield number, row
     elif piece.kind == "text":
         for content in guarded(piece.path, _whole(piece, most_bytes)):
@@ -45,6 +43,7 @@ def read_records(
     elif piece.kind == "array":
         for content in guarded(piece.path, _whole(piece, MOST_RECORD_BYTES)):
             for number, record in enumerate(_array(piece, content)):
+                _require_room(piece, number, _size_of(record), most_bytes)
                 yield number, record
     else:
         for number, line in enumerate(guarded(piece.path, _lines(piece, most_bytes))):
@@ -117,6 +116,11 @@ def _array(piece: Piece, content: bytes) -> list[Record]:
         if not isinstance(record, dict):
             raise ValueError(f"{place_of(piece, number)} must be a JSON object, got {repr(record)[:40]}")
     return records
+
+
+def _size_of(record: Record) -> int:
+    """Return the bytes of a record's values."""
+    return sum(len(str(value).encode("utf-8", "replace")) for value in record.values())
 
 
 def _require_room(piece: Piece, number: int, num_bytes: int, most_bytes: int) -> None:
