@@ -94,10 +94,17 @@ def test_texts_become_the_ids_of_the_tokenizer_and_end_in_eos(tokenizer, load, t
     assert corpus.num_documents == len(TEXTS)
 
 
-def test_a_file_may_hold_one_array_of_records(load, tmp_path):
-    lines = load(write_texts(tmp_path / "a.jsonl", TEXTS))
-    (tmp_path / "b.json").write_text(json.dumps([{"text": text} for text in TEXTS], indent=1), encoding="utf-8")
-    assert parts_of(load(tmp_path / "b.json")) == parts_of(lines)
+@pytest.mark.parametrize("mark", ["", "\ufeff", "\n "])
+def test_a_file_may_hold_one_array_of_records(load, tmp_path, mark):
+    records = [{"text": text} for text in TEXTS]
+    (tmp_path / "a.json").write_text(mark + json.dumps(records, indent=1), encoding="utf-8")
+    assert parts_of(load(tmp_path / "a.json")) == parts_of(load(write_lines(tmp_path / "b.jsonl", records)))
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(load, tmp_path):
+    file = write_texts(tmp_path / "a.jsonl", TEXTS)
+    (tmp_path / "b.jsonl").write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert parts_of(load(tmp_path / "b.jsonl")) == parts_of(load(file))
 
 
 def test_more_documents_than_a_batch_keep_their_order(tokenizer, load, tmp_path, monkeypatch, ids_of):
