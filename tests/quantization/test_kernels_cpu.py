@@ -4,6 +4,7 @@ import platform
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -246,3 +247,9 @@ def test_many_tokens_are_multiplied_by_whichever_is_faster(library, monkeypatch,
     x = torch.randn(num_tokens, 256)
     assert_close(kernels.quantized_linear_cpu(x, weight, scale, 4), x, exact)
     assert bool(calls) == (is_faster and num_tokens == kernels.VERY_MANY_TOKENS)
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="the system does not name its processor")
+def test_the_vendors_library_is_faster_without_avx512_and_on_processors_of_intel(library):
+    is_intel = "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    assert library.multiplies_fp32_faster == (library.level < 2 or is_intel)
