@@ -40,6 +40,9 @@ RUNS: list[dict[str, Any]] = [
     {"parallel": {"pp_size": 2}, "micro_batch": 4, "rounds": 4, **WIDE},
     {"parallel": {"tp_size": 2, "pp_size": 2}, "micro_batch": 4, "rounds": 3, **WIDE},
     {"parallel": {"pp_size": 2}, "micro_batch": 2, "rounds": 4, "precision": "bf16", **MEDIUM},
+    {"parallel": {"tp_size": 2}, "micro_batch": 2, "rounds": 4, "precision": "bf16", **MEDIUM},
+    {"parallel": {"dp_size": 2}, "micro_batch": 2, "rounds": 4, "precision": "bf16", **MEDIUM},
+    {"parallel": {"pp_size": 2}, "micro_batch": 4, "rounds": 4, "precision": "bf16", **WIDE},
 ]
 
 

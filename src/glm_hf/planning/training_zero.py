@@ -4,9 +4,12 @@ An optimizer group is flat: its parameters one behind the other, split into equa
 of a step gradients are averaged in buckets, group by group:
 
     1. A gradient moves into the bucket, or stays where it is if it is larger than that. A full bucket is averaged.
-    2. What several replicas update is sent together, joined in a new tensor, as much as a bucket would hold.
-    3. In a model of 16 bits, what the replica itself updates is added to a place for all of its group. In fp32, the
-       gradients of parameters of which it updates any part are copied to one for all of them.
+    2. Parts of it that lie apart are sent together, joined in a new tensor, as much as a bucket would hold. Parts that
+       are updated by one replica are one, but in a model of 16 bits every one that the replica itself updates lies
+       apart.
+    3. In a model of 16 bits, what the replica itself updates is added to a place for all of its group, made before
+       anything is joined. In fp32, the gradients of parameters of which it updates any part are copied to one for all
+       of them.
 
 All sizes are in elements of fp32, in which gradients add up.
 
@@ -66,21 +69,23 @@ def reducing_elements(
 ) -> list[int]:
     """Return, for every replica, the most that it holds while gradients are averaged, the gradients included."""
     buckets = _buckets([slices for group in groups for slices in slices_of(group, dp_size)], bucket_size)
-    joined = [_joined(bucket, bucket_size) for bucket in buckets]
-    held = [sum(map(sum, groups)) + bucket_size] * dp_size
-    most, places = list(held), places_of(groups, dp_size, is_16_bit)
-    has_place = [False] * dp_size
-    for bucket, extra in zip(buckets, joined, strict=True):
+    places = places_of(groups, dp_size, is_16_bit)
+    return [_most_held(buckets, replica, places[replica], is_16_bit, bucket_size) for replica in range(dp_size)]
+
+
+def _most_held(buckets: list[list[Slices]], replica: int, place: int, is_16_bit: bool, bucket_size: int) -> int:
+    """Return the most elements that a replica holds while buckets are averaged, with a place for what it updates."""
+    most = held = sum(_size(slices) for bucket in buckets for slices in bucket) + bucket_size
+    has_place = False
+    for bucket in buckets:
         is_large = _size(bucket[0]) > bucket_size
-        moved = 0 if is_large else sum(map(_size, bucket))
-        held = [numbers - moved for numbers in held]
-        most = [max(known, numbers + extra) for known, numbers in zip(most, held, strict=True)]
-        for slices in bucket:
-            for replica, _ in slices:
-                held[replica] += 0 if has_place[replica] else places[replica]
-                has_place[replica] = True
-                most[replica] = max(most[replica], held[replica])
-                held[replica] -= _size(slices) if is_large else 0
+        own = [slices for slices in bucket if any(owner == replica for owner, _ in slices)]
+        held -= 0 if is_large else sum(map(_size, bucket))
+        added = place if own and not has_place else 0
+        has_place = has_place or bool(own)
+        joined = _joined(bucket, replica if is_16_bit else None, bucket_size)
+        most = max(most, held + added + joined if is_16_bit else held + max(added, joined))
+        held += added - (sum(map(_size, own)) if is_large else 0)
     return most
 
 
@@ -98,10 +103,11 @@ def _buckets(parameters: list[Slices], bucket_size: int) -> list[list[Slices]]:
     return buckets
 
 
-def _joined(bucket: list[Slices], bucket_size: int) -> int:
-    """Return the largest tensor that is joined from the shards of several replicas."""
-    parts = [part for slices in bucket for part in slices]
-    runs = [sum(numbers for _, numbers in same) for _, same in groupby(parts, key=lambda part: part[0])]
+def _joined(bucket: list[Slices], apart: int | None, bucket_size: int) -> int:
+    """Return the largest tensor that is joined from parts; those of the replica `apart` are never one."""
+    parts = enumerate(part for slices in bucket for part in slices)
+    same = groupby(parts, key=lambda part: (part[1][0], part[0] if part[1][0] == apart else None))
+    runs = [sum(numbers for _, (_, numbers) in run) for _, run in same]
     largest, joined = 0, []
     for numbers in runs:
         joined.append(numbers)

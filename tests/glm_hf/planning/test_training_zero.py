@@ -73,6 +73,15 @@ def test_no_more_is_joined_than_a_bucket_holds():
 def test_in_16_bits_only_a_replicas_own_part_has_a_place():
     """A bucket of 40 takes the first matrix, for which a place of 30 is made; then the second, joined of two parts."""
     assert reducing_elements([[20, 40]], 2, True, bucket_size=40) == [
-        max(60 + 40, 40 + 40 + 30, 40 + 40 + 30),
-        max(60 + 40, 40 + 40, 40 + 30),
+        max(60 + 40, 40 + 40 + 30, 40 + 30 + 40),
+        max(60 + 40, 40 + 40, 40 + 30 + 40),
+    ]
+
+
+def test_in_16_bits_parts_that_a_replica_updates_itself_are_joined():
+    """Matrices of 10 lie apart for the replica that updates them, and are one part for the other."""
+    assert reducing_elements([[10, 10, 10]], 1, True, bucket_size=30) == [30 + 30 + 30]
+    assert reducing_elements([[10, 10, 10, 10]], 2, True, bucket_size=20) == [
+        max(40 + 20, 20 + 20 + 20 + 20, 20 + 20),
+        max(40 + 20, 20 + 20, 20 + 20 + 20),
     ]
