@@ -18,6 +18,7 @@ from transformers.trainer_utils import SchedulerType
 from glm_hf.sharding.degrees import ParallelDegrees
 from glm_hf.sharding.restarts import require_fresh_store
 from glm_hf.training.deepspeed_zero import add_up_in_fp32
+from glm_hf.training.saving.plain_writer import require_plain_writer
 
 SAMPLE_SCHEDULE = SchedulerType.COSINE_WITH_MIN_LR  # the default, which counts samples
 DIVERGENCE_ACTIONS = ("none", "skip", "lower_alpha", "stop")
@@ -268,6 +269,7 @@ def require_whole_steps(trainer: Any) -> None:
             "deepspeed must not have zenflow, which chooses when weights are updated, while accelerate tells it "
             "when; use offload_optimizer without zenflow"
         )
+    require_plain_writer(given.config)
     add_up_in_fp32(given)
 
 

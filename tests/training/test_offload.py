@@ -49,15 +49,24 @@ def test_offload_to_the_host_trains_as_one_process_does(model_folder, tmp_path):
             assert mine == pytest.approx(theirs, rel=1e-3)
 
 
-def test_zenflow_is_refused(model_folder, tmp_path):
-    """accelerate tells DeepSpeed when to update, so that its schedule would be ignored."""
+ZENFLOW = {"offload_optimizer": {"device": "cpu"}, "zenflow": {"topk_ratio": 0.1}}
+
+
+@pytest.mark.parametrize(
+    ("refused", "settings"),
+    [
+        ("zenflow", {"zero_optimization": {"stage": 2} | ZENFLOW}),
+        ("checkpoint.writer", {"checkpoint": {"writer": {"type": "fast", "decoupled": True}}}),
+        ("datastates_ckpt", {"datastates_ckpt": {"host_cache_size": 1}}),
+    ],
+)
+def test_what_does_not_wait_for_the_trainer_is_refused(model_folder, tmp_path, refused, settings):
+    """accelerate tells DeepSpeed when to update, and the trainer hashes files that DeepSpeed has written."""
     pytest.importorskip("deepspeed")
 
     def rank_main(rank: int) -> None:
         prepare_deepspeed()
-        given = recipe("zero2")
-        given["zero_optimization"] |= {"offload_optimizer": {"device": "cpu"}, "zenflow": {"topk_ratio": 0.1}}
-        with pytest.raises(ValueError, match="deepspeed must not have zenflow"):
-            make_trainer(model_folder, tmp_path / "run", **RUN, deepspeed=given)
+        with pytest.raises(ValueError, match=f"deepspeed must not have {refused}"):
+            make_trainer(model_folder, tmp_path / "run", **RUN, deepspeed=recipe("zero2") | settings)
 
     run_ranks(rank_main, 1, tmp_path)

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from transformers.utils import logging
 
 from glm_hf.sharding.degrees import ParallelDegrees
+from glm_hf.training.saving.plain_writer import require_plain_writer
 
 BUCKET_SIZE = 50_000_000  # elements; DeepSpeed's 500 million would take 2 GB more in fp32
 
@@ -49,10 +50,12 @@ def deepspeed_3d_config(
         base: Further keys of DeepSpeed, or a JSON file of them; those above win.
 
     Raises:
-        ValueError: If a size is impossible, or `base` asks for ZeRO-2 or 3, an optimizer on the CPU or other dtypes.
+        ValueError: If a size is impossible, or `base` asks for ZeRO-2 or 3, an optimizer on the CPU, other dtypes or another writer of
+            checkpoints.
     """
     ParallelDegrees(tp_size, pp_size, dp_size)
     given = _decided(json.loads(Path(base).read_text()) if isinstance(base, (str, Path)) else base or {})
+    require_plain_writer(given)
     buckets = dict.fromkeys(("reduce_bucket_size", "allgather_bucket_size"), BUCKET_SIZE)
     zero = buckets | given.get("zero_optimization", {})
     if zero.get("stage", 1) != 1:

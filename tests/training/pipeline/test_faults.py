@@ -356,6 +356,8 @@ def test_the_configuration_of_deepspeed():
         deepspeed_3d_config(1, 1, 1, base={"data_types": {"grad_accum_dtype": "fp32"}})
     with pytest.raises(ValueError, match="keeps its optimizer on the GPUs"):
         deepspeed_3d_config(1, 1, 1, base={"zero_optimization": {"offload_optimizer": {"device": "cpu"}}})
+    with pytest.raises(ValueError, match="deepspeed must not have checkpoint.writer"):
+        deepspeed_3d_config(1, 1, 1, base={"checkpoint": {"writer": {"type": "python"}}})
     with pytest.raises(ValueError, match="precision must be fp16, bf16 or fp32, got 'fp8'"):
         deepspeed_3d_config(1, 1, 1, precision="fp8")
     with pytest.raises(ValueError, match="tp_size must be an integer of at least 1"):
