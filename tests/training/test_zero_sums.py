@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from forked import run_ranks
+from pipeline_runs import allow_half_on_cpu
 from small_runs import Texts, make_trainer, prepare_deepspeed, zero
 from torch import distributed as dist
 
@@ -41,13 +42,16 @@ def errors(trainer) -> float:
     return float((actual - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_gradients_of_many_micro_batches_lose_nothing(model_folder, tmp_path, stage):
+@pytest.mark.parametrize(("stage", "precision"), [(1, "bf16"), (1, "fp16"), (2, "bf16"), (3, "bf16"), (3, "fp16")])
+def test_gradients_of_many_micro_batches_lose_nothing(model_folder, tmp_path, stage, precision):
     def rank_main(rank: int) -> float:
         prepare_deepspeed()
+        allow_half_on_cpu()
         settings = {"max_steps": 1, "per_device_train_batch_size": 1, "global_batch_size": NUM_MICRO_BATCHES}
         data = Texts(NUM_MICRO_BATCHES)
-        return errors(make_trainer(model_folder, tmp_path, data=data, deepspeed=zero(stage), bf16=True, **settings))
+        return errors(
+            make_trainer(model_folder, tmp_path, data=data, deepspeed=zero(stage), **{precision: True}, **settings)
+        )
 
     assert max(run_ranks(rank_main, 2, tmp_path)) < MOST_ERROR
 

@@ -7,13 +7,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from forked import run_ranks
+from pipeline_runs import make_3d_trainer
+from small_runs import losses, make_trainer
 
 from glm_hf.training import GLMTrainingArguments
 
 SUPPORT = Path(__file__).parents[2] / "support"
+SAVING = {"max_steps": 5, "save_strategy": "steps", "save_steps": 1, "async_save": True}
 RUN = """
 import json, os, signal, sys
 from pathlib import Path
+from pipeline_runs import make_3d_trainer
 from small_runs import losses, make_trainer
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -21,32 +26,42 @@ from transformers.trainer_utils import get_last_checkpoint
 class DieOnce(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         attempt = os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"]
-        if state.global_step == 3 and attempt == ("0", "1") and sys.argv[3] == "dies":
+        if state.global_step == 3 and attempt == ("0", "1"):
             os.kill(os.getpid(), signal.SIGKILL)
 
 model, folder = map(Path, sys.argv[1:3])
-saving = {"save_strategy": "steps", "save_steps": 1, "async_save": True}
-trainer = make_trainer(model, folder, max_steps=5, callbacks=[DieOnce()], **saving)
+settings, degrees = map(json.loads, sys.argv[3:])
+more = {"degrees": degrees} if degrees else {}
+trainer = (make_3d_trainer if degrees else make_trainer)(model, folder, **more, **settings)
+trainer.add_callback(DieOnce())
 trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
-file = folder.parent / f"{folder.name}-{os.environ['RANK']}.json"
-file.write_text(json.dumps([os.environ["TORCHELASTIC_RESTART_COUNT"], losses(trainer)]))
+found = [os.environ["TORCHELASTIC_RESTART_COUNT"], losses(trainer)]
+(folder / f"{os.environ['RANK']}.json").write_text(json.dumps(found))
 """
 
 
-def test_a_run_that_is_started_again_resumes_alone(model_folder, tmp_path):
+@pytest.mark.parametrize("degrees", [{}, {"pp_size": 2}], ids=["replicas", "pipeline"])
+def test_a_run_that_is_started_again_resumes_alone(model_folder, tmp_path, degrees):
+    def whole_run(rank: int) -> list[float]:
+        folder = tmp_path / "whole"
+        if degrees:
+            trainer = make_3d_trainer(model_folder, folder, degrees, **SAVING)
+        else:
+            trainer = make_trainer(model_folder, folder, **SAVING)
+        trainer.train()
+        return losses(trainer)
+
     (tmp_path / "run.py").write_text(RUN)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1"]
     torchrun += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
-    torchrun += ["--monitor-interval=0.1"]
+    torchrun += ["--monitor-interval=0.1", str(tmp_path / "run.py"), str(model_folder), str(tmp_path / "run")]
     path = os.pathsep.join((str(SUPPORT), os.environ.get("PYTHONPATH", "")))
     environment = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "PYTHONPATH": path}
-    for name in ("dies", "lives"):
-        command = [*torchrun, str(tmp_path / "run.py"), str(model_folder), str(tmp_path / name), name]
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-        assert result.returncode == 0, result.stderr[-5000:]
-    expected = json.loads((tmp_path / "lives-0.json").read_text())[1]
-    for rank in (0, 1):
-        assert json.loads((tmp_path / f"dies-{rank}.json").read_text()) == ["1", expected]
+    command = [*torchrun, json.dumps(SAVING), json.dumps(degrees)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-5000:]
+    for rank, expected in enumerate(run_ranks(whole_run, 2, tmp_path)):
+        assert json.loads((tmp_path / "run" / f"{rank}.json").read_text()) == ["1", expected]
 
 
 def test_a_store_that_outlives_its_processes_is_refused(monkeypatch, tmp_path):
