@@ -189,7 +189,7 @@ def _norm(gradient: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))
 
 
-def flops_per_token(config: GLMConfig, num_parameters: int, row_length: int) -> float:
+def flops_per_token(config: GLMConfig, num_parameters: int, row_length: int, trained_share: float = 1.0) -> float:
     """
     Return the operations of forward and backward pass per token: 6 per parameter, and those of full attention.
 
@@ -197,8 +197,15 @@ def flops_per_token(config: GLMConfig, num_parameters: int, row_length: int) -> 
         config: Sizes of the model.
         num_parameters: Number of parameters of the model, a tied matrix counted once.
         row_length: Number of tokens that attend to each other.
+        trained_share: Share of the parameters that are trained; the others take 4 each, as they have no gradient.
     """
-    return 6 * num_parameters + 12 * config.num_hidden_layers * config.hidden_size * row_length
+    return (4 + 2 * trained_share) * num_parameters + 12 * config.num_hidden_layers * config.hidden_size * row_length
+
+
+def trained_elements(parameters: Iterable[torch.nn.Parameter]) -> tuple[int, int]:
+    """Return how many elements of parameters are trained, and how many there are, on all ranks under ZeRO."""
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in parameters]
+    return sum(size for size, is_trained in sizes if is_trained), sum(size for size, _ in sizes)
 
 
 def layer_flops_per_token(config: GLMConfig, row_length: int) -> int:

@@ -9,7 +9,7 @@ import torch
 from glm_hf.training.checkpoints import CheckpointingTrainer
 from glm_hf.training.deepspeed_zero import local_gradients, loss_scale_of
 from glm_hf.training.logs.run_log import RunLog
-from glm_hf.training.measurements import ParameterGroups, flops_per_token, peak_tflops
+from glm_hf.training.measurements import ParameterGroups, flops_per_token, peak_tflops, trained_elements
 from glm_hf.training.pipeline.recomputation import recomputed_flops_per_token
 
 
@@ -97,7 +97,12 @@ class MeasuredTrainer(CheckpointingTrainer):
     @cached_property
     def flops_per_token(self) -> float:
         """Operations of forward and backward pass per token."""
-        return flops_per_token(self.model.config, self.model.num_parameters(), self.row_length)
+        trained, whole = self._trained_elements()
+        return flops_per_token(self.model.config, self.model.num_parameters(), self.row_length, trained / whole)
+
+    def _trained_elements(self) -> tuple[float, float]:
+        """Return how many elements of the model's parameters are trained, and how many there are."""
+        return trained_elements(self.model.parameters())
 
     @cached_property
     def recomputed_flops_per_token(self) -> float:
