@@ -50,8 +50,8 @@ def deepspeed_3d_config(
         base: Further keys of DeepSpeed, or a JSON file of them; those above win.
 
     Raises:
-        ValueError: If a size is impossible, or `base` asks for ZeRO-2 or 3, an optimizer on the CPU, other dtypes or another writer of
-            checkpoints.
+        ValueError: If a size is impossible, or `base` asks for ZeRO-2 or 3, an optimizer on the CPU, other dtypes or
+            another writer of checkpoints.
     """
     ParallelDegrees(tp_size, pp_size, dp_size)
     given = _decided(json.loads(Path(base).read_text()) if isinstance(base, (str, Path)) else base or {})
