@@ -18,6 +18,8 @@ from glm_hf.training.data.proportions import Proportions
 from glm_hf.training.data.random_numbers import GOLDEN, Permutation, key_of
 from glm_hf.training.data.recipe import InfillingRecipe
 from glm_hf.training.data.token_file import TokenFile
+from glm_hf.training.data.tokenizing.files import COMPRESSED
+from glm_hf.training.data.tokenizing.sources import KINDS
 
 DEFAULT_INSTRUCTION_SHARE = 0.05
 GROUP = 64  # rows that have one share of instructions, that of the middle
@@ -226,8 +228,11 @@ def names_of(paths: Sequence[str]) -> tuple[str, ...]:
     Return short names of corpora, each another.
 
         corpus/en/*.jsonl  corpus/zh/*.parquet  ->  en  zh
+        corpus/text.en.jsonl  corpus/text.zh.jsonl.gz  ->  text.en  text.zh
     """
-    kept = [re.sub(r"(/?\*+)?(\.\w+)*$", "", path) or path for path in paths]
+    endings = ("|".join(map(re.escape, kinds)) for kinds in (KINDS, COMPRESSED))
+    unneeded = r"([./]?\*+)?({})?({})?$".format(*endings)
+    kept = [re.sub(unneeded, "", path) or path for path in paths]
     folders = [os.path.dirname(path) for path in kept]
     shared = os.path.commonpath(folders) if len({*map(os.path.isabs, folders)}) == 1 else ""
     names = [re.sub(r"[^\w./-]+", "_", os.path.relpath(path, shared) if shared else path) for path in kept]

@@ -105,6 +105,8 @@ def test_rows_of_no_known_corpus_count_for_none():
     [
         (["corpus/en/*.jsonl", "corpus/zh/*.parquet"], ("en", "zh")),
         (["/data/a.jsonl.gz", "b.jsonl"], ("/data/a", "b")),
+        (["corpus/text.en.jsonl", "corpus/text.zh.jsonl.zst"], ("text.en", "text.zh")),
+        (["corpus/v1.5", "corpus/part.*", "corpus/part-*.json"], ("v1.5", "part", "part-")),
         (["user/set", "user/set"], ("set-0", "set-1")),
         (["data/c4 (en).jsonl", "data/wiki"], ("c4_en_", "wiki")),
     ],
