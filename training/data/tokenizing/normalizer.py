@@ -66,7 +66,7 @@ class FastNormalizer:
         for old, new in self.replaced:
             text = text.replace(old, new)
         letters = set(text)
-        for letter in letters - self.mapped.keys() - self.others:
+        for letter in letters.difference(self.mapped, self.others):
             self._sort(letter)
         if letters & self.others:
             return None
@@ -81,7 +81,7 @@ class FastNormalizer:
 
     def map_letters(self, letters: str) -> str | None:
         """Return what letters become behind the first replacements, None if one is not simple."""
-        for letter in set(letters) - self.mapped.keys() - self.others:
+        for letter in set(letters).difference(self.mapped, self.others):
             self._sort(letter)
         return None if self.others.intersection(letters) else "".join(self.mapped[letter] for letter in letters)
 

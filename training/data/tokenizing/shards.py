@@ -4,20 +4,22 @@ N.tokens    ids in the corpus's dtype, document after document
 N.lengths   int64: length of every part; a part is a document with its `</s>`, or a context or target
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import xxhash
 
 from glm_hf.training.data.tokenizing.encoder import TextEncoder, drop_first
+from glm_hf.training.data.tokenizing.inputs import InputEncoder
 from glm_hf.training.data.tokenizing.instructions import InstructionRule
 from glm_hf.training.data.tokenizing.records import MOST_RECORD_BYTES, Record, place_of, read_records
 from glm_hf.training.data.tokenizing.sources import Piece, Task
 
+Item = TypeVar("Item")
 BATCH_CHARACTERS = 1 << 18
 SHARD_FILES = ("tokens", "lengths")
 MOST_INSTRUCTION_BYTES = 8 * 2**20
@@ -84,7 +86,7 @@ class ShardMaker:
     def _texts(self, task: Task) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield ids, and the lengths of the documents that end in them."""
         num_begun = 0  # ids of a document that ends in a later batch
-        for batch in _batches(self._pieces(task)):
+        for batch in batches(self._pieces(task), lambda piece: len(piece[0])):
             ids, lengths = self.texts.encode_joined([text for text, _, _ in batch])
             num_dropped = np.array([number for _, number, _ in batch], np.int64)
             ids, lengths = drop_first(ids, lengths, num_dropped)
@@ -105,18 +107,29 @@ class ShardMaker:
 
     def _instructions(self, task: Task) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield the ids of contexts and targets in turns, and their lengths."""
-        assert self.job.instructions is not None
-        encoder = TextEncoder(self.job.backend, self.dtype, splits_special_tokens=False)  # as inputs hold masks
+        rule, encoder = self.job.instructions, InputEncoder(self.job.backend, self.texts)
+        assert rule is not None
+        for batch in batches(self._pairs(task), lambda pair: sum(map(len, pair[:2]))):
+            inputs, targets = (
+                encoder.encode([pair[0] for pair in batch]),
+                self.texts.encode([pair[1] for pair in batch]),
+            )
+            parts = []
+            for (_, _, piece, number), ids, target in zip(batch, inputs, targets, strict=True):
+                try:
+                    context = rule.context(ids.tolist(), len(target))
+                except ValueError as error:
+                    raise ValueError(f"{place_of(piece, number)}: {error}") from error
+                parts += [np.array(context, self.dtype), target]
+            yield np.concatenate(parts), np.array(list(map(len, parts)))
+
+    def _pairs(self, task: Task) -> Iterator[tuple[str, str, Piece, int]]:
+        """Yield inputs and targets, and where each pair stands."""
         for piece, number, record in self._records(task):
-            strings = self._strings(piece, number, record)
-            if max(map(len, strings)) > MOST_INSTRUCTION_BYTES:
+            inputs, target = self._strings(piece, number, record)
+            if max(len(inputs), len(target)) > MOST_INSTRUCTION_BYTES:
                 raise ValueError(f"{place_of(piece, number)} has more than {MOST_INSTRUCTION_BYTES:,} characters")
-            [inputs], [target] = encoder.encode(strings[:1]), self.texts.encode(strings[1:])
-            try:
-                context = self.job.instructions.context(inputs.tolist(), len(target))
-            except ValueError as error:
-                raise ValueError(f"{place_of(piece, number)}: {error}") from error
-            yield np.concatenate((np.array(context, self.dtype), target)), np.array([len(context), len(target)])
+            yield inputs, target, piece, number
 
     def _records(self, task: Task) -> Iterator[tuple[Piece, int, Record]]:
         for piece in task:
@@ -138,12 +151,12 @@ class ShardMaker:
         return values
 
 
-def _batches(pieces: Iterator[tuple[str, int, bool]]) -> Iterator[list[tuple[str, int, bool]]]:
-    """Yield pieces in lists of at least `BATCH_CHARACTERS` characters, but for the last."""
-    batch, size = [], 0
-    for piece in pieces:
-        batch.append(piece)
-        size += len(piece[0])
+def batches(items: Iterable[Item], size_of: Callable[[Item], int]) -> Iterator[list[Item]]:
+    """Yield items in lists of at least `BATCH_CHARACTERS` characters, but for the last."""
+    batch, size = list[Item](), 0
+    for item in items:
+        batch.append(item)
+        size += size_of(item)
         if size >= BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0
