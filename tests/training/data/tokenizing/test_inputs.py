@@ -58,9 +58,22 @@ def test_texts_around_masks_have_the_ids_of_the_tokenizer(tokenizer, encoder, ki
     assert ids_of(encoder, inputs) == tokenizer(inputs)["input_ids"]
 
 
+def with_tokens(tokenizer: GLMTokenizer, *tokens: AddedToken | str) -> GLMTokenizer:
+    changed = GLMTokenizer(tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()))
+    changed.add_special_tokens({"extra_special_tokens": list(tokens)})
+    return changed
+
+
+def test_the_longest_of_tokens_that_begin_alike_is_taken(tokenizer):
+    changed = with_tokens(tokenizer, "[X", "[X]", "[X]y")
+    inputs = ["a [X] b", "[X]y", "[X[X]y[X]", "[X [X]] [MASK]"]
+    encoder = encoder_of(changed.backend_tokenizer)
+    assert encoder.split is not None
+    assert ids_of(encoder, inputs) == changed(inputs)["input_ids"]
+
+
 @pytest.mark.parametrize("attached", ["lstrip", "rstrip", "single_word", "normalized"])
 def test_tokens_that_look_at_their_neighbours_are_left_to_the_tokenizer(tokenizer, attached):
-    changed = GLMTokenizer(tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()))
-    changed.add_special_tokens({"extra_special_tokens": [AddedToken("[X]", special=True, **{attached: True})]})
+    changed = with_tokens(tokenizer, AddedToken("[X]", special=True, **{attached: True}))
     inputs = ["a [X] b", "a\n[X]\nb", "a[X]b", " [X] ", "[X]", "［X］ a [MASK]"]
     assert ids_of(encoder_of(changed.backend_tokenizer), inputs) == changed(inputs)["input_ids"]
