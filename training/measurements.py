@@ -6,6 +6,7 @@ corpora, and one more for rows whose corpus is not known; `G` groups of paramete
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -189,23 +190,29 @@ def _norm(gradient: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))
 
 
-def flops_per_token(config: GLMConfig, num_parameters: int, row_length: int, trained_share: float = 1.0) -> float:
+def flops_per_token(config: GLMConfig, num_parameters: float, num_trained: float, row_length: int) -> float:
     """
-    Return the operations of forward and backward pass per token: 6 per parameter, and those of full attention.
+    Return the operations of forward and backward pass per token: 4 per parameter, 2 more for the gradient of one that
+    is trained, and those of full attention.
 
     Args:
         config: Sizes of the model.
         num_parameters: Number of parameters of the model, a tied matrix counted once.
+        num_trained: How many of them are trained.
         row_length: Number of tokens that attend to each other.
-        trained_share: Share of the parameters that are trained; the others take 4 each, as they have no gradient.
     """
-    return (4 + 2 * trained_share) * num_parameters + 12 * config.num_hidden_layers * config.hidden_size * row_length
+    of_attention = 12 * config.num_hidden_layers * config.hidden_size * row_length
+    return 4 * num_parameters + 2 * num_trained + of_attention
 
 
-def trained_elements(parameters: Iterable[torch.nn.Parameter]) -> tuple[int, int]:
-    """Return how many elements of parameters are trained, and how many there are, on all ranks under ZeRO."""
-    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in parameters]
-    return sum(size for size, is_trained in sizes if is_trained), sum(size for size, _ in sizes)
+def count_parameters(model: Any, only_trainable: bool = False) -> int:
+    """Return the parameters of a model of transformers, those included that ZeRO-3 holds elsewhere."""
+    elsewhere = sum(
+        parameter.ds_numel - parameter.numel()
+        for parameter in model.parameters()
+        if hasattr(parameter, "ds_numel") and (parameter.requires_grad or not only_trainable)
+    )
+    return model.num_parameters(only_trainable) + elsewhere
 
 
 def layer_flops_per_token(config: GLMConfig, row_length: int) -> int:

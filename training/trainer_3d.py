@@ -25,7 +25,7 @@ from glm_hf.training.arguments import (
 from glm_hf.training.checkpoints import UNFIT
 from glm_hf.training.data.blanks import IGNORED
 from glm_hf.training.deepspeed_zero import local_gradients, loss_scale_of
-from glm_hf.training.measurements import ParameterGroups, trained_elements
+from glm_hf.training.measurements import ParameterGroups
 from glm_hf.training.pipeline.checkpoint import load_engine, require_own, save_engine
 from glm_hf.training.pipeline.engine import (
     check_before_update,
@@ -233,11 +233,11 @@ class GLM3DTrainer(PipelineEvaluationTrainer):
         local = groups.squared_norms(local_gradients(p for p, _ in groups.members), self.args.device)
         return local / loss_scale_of(self.engine.optimizer) ** 2
 
-    def _trained_elements(self) -> tuple[float, float]:
-        """Return these of all stages, of which some hold the same."""
-        trained, whole = trained_elements(self.model.parameters())
-        sums = summed([torch.tensor(count, device=self.args.device) for count in (trained, whole)])
-        return sums[0], sums[1]
+    def _parameter_counts(self) -> tuple[float, float]:
+        """Return these of all stages and ranks."""
+        own = sum(parameter.numel() for parameter, _ in self.parameter_groups.members)
+        trained = summed([torch.tensor(own, device=self.args.device)])[0] / self.parallel.dp_size
+        return self.model.num_parameters() + (0 if self.model.adapter is None else trained), trained
 
     @cached_property
     def recomputed_flops_per_token(self) -> float:

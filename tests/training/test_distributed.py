@@ -221,6 +221,20 @@ def test_the_utilization_is_of_all_devices(model_folder, tmp_path):
         assert log["mfu"] == pytest.approx(flops * log["tokens_per_second"] / (2 * 1e9))
 
 
+def test_weights_that_zero_3_holds_elsewhere_count(model_folder, tmp_path):
+    pytest.importorskip("deepspeed")
+
+    def rank_main(rank: int) -> tuple[float, float]:
+        prepare_deepspeed()
+        alone = make_trainer(model_folder, tmp_path / "alone")
+        trainer = make_trainer(model_folder, tmp_path / "run", max_steps=1, deepspeed=zero(3))
+        trainer.train()
+        return trainer.flops_per_token, alone.flops_per_token
+
+    for found, expected in run_ranks(rank_main, 2, tmp_path):
+        assert found == expected
+
+
 def test_every_process_takes_pieces_of_the_size_per_device(model_folder, tmp_path):
     def rank_main(rank: int) -> list[int]:
         trainer = make_trainer(model_folder, tmp_path / "run", **(SETTINGS | {"max_steps": 1}))

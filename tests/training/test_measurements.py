@@ -2,24 +2,14 @@ import pytest
 import torch
 
 from glm_hf import GLMConfig
-from glm_hf.training.measurements import flops_per_token, peak_tflops, trained_elements
+from glm_hf.training.measurements import flops_per_token, peak_tflops
 
 
 def test_the_run_of_the_paper_has_its_utilization():
     """4224 sequences of 2048 tokens in 88.5 s on 768 A100: 32.5% by the authors' count."""
-    flops = flops_per_token(GLMConfig(), 130_000_000_000, 2048)
+    flops = flops_per_token(GLMConfig(), 130e9, 130e9, 2048)
     utilization = flops * 4224 * 2048 / 88.5 / (768 * 312e12)
     assert utilization == pytest.approx(0.325, abs=0.003)
-
-
-def test_frozen_parameters_take_no_gradients():
-    """Of 6 operations per parameter, 2 are of its own gradient."""
-    model = torch.nn.Sequential(torch.nn.Linear(4, 6, bias=False), torch.nn.Linear(6, 4, bias=False))
-    model[0].requires_grad_(False)
-    trained, whole = trained_elements(model.parameters())
-    assert (trained, whole) == (24, 48)
-    of_attention = flops_per_token(GLMConfig(), 0, 10)
-    assert flops_per_token(GLMConfig(), 48, 10, trained / whole) == of_attention + 24 * 4 + 24 * 6
 
 
 @pytest.mark.parametrize(

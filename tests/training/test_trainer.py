@@ -75,6 +75,15 @@ def test_logs_tell_losses_by_objective_and_throughput(model_folder, tmp_path):
     assert trainer.flops_per_token == 6 * model.num_parameters() + 12 * 2 * 32 * 48
 
 
+def test_frozen_weights_take_no_gradients(model_folder, tmp_path):
+    """Of 6 operations per weight, 2 are of its own gradient."""
+    trainer = make_trainer(model_folder, tmp_path / "run")
+    every = trainer.model.num_parameters()
+    trainer.model.get_input_embeddings().requires_grad_(False)
+    frozen = trainer.model.get_input_embeddings().weight.numel()
+    assert trainer.flops_per_token == 6 * every - 2 * frozen + 12 * 2 * 32 * 48
+
+
 def test_batches_grow_and_come_in_pieces(model_folder, tmp_path):
     sizes = []
 

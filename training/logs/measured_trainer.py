@@ -9,7 +9,7 @@ import torch
 from glm_hf.training.checkpoints import CheckpointingTrainer
 from glm_hf.training.deepspeed_zero import local_gradients, loss_scale_of
 from glm_hf.training.logs.run_log import RunLog
-from glm_hf.training.measurements import ParameterGroups, flops_per_token, peak_tflops, trained_elements
+from glm_hf.training.measurements import ParameterGroups, count_parameters, flops_per_token, peak_tflops
 from glm_hf.training.pipeline.recomputation import recomputed_flops_per_token
 
 
@@ -97,12 +97,11 @@ class MeasuredTrainer(CheckpointingTrainer):
     @cached_property
     def flops_per_token(self) -> float:
         """Operations of forward and backward pass per token."""
-        trained, whole = self._trained_elements()
-        return flops_per_token(self.model.config, self.model.num_parameters(), self.row_length, trained / whole)
+        return flops_per_token(self.model.config, *self._parameter_counts(), self.row_length)
 
-    def _trained_elements(self) -> tuple[float, float]:
-        """Return how many elements of the model's parameters are trained, and how many there are."""
-        return trained_elements(self.model.parameters())
+    def _parameter_counts(self) -> tuple[float, float]:
+        """Return the number of parameters of the model, and of those that are trained."""
+        return count_parameters(self.model), count_parameters(self.model, only_trainable=True)
 
     @cached_property
     def recomputed_flops_per_token(self) -> float:

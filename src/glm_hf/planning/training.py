@@ -176,7 +176,8 @@ class TrainingPlan:
     def model_operations(self) -> float:
         """Operations of a step that the model takes."""
         request = self.request
-        per_token = flops_per_token(request.config, num_model_parameters(request.config), request.sequence)
+        number = num_model_parameters(request.config)
+        per_token = flops_per_token(request.config, number, number, request.sequence)
         return per_token * request.global_batch * request.sequence
 
     @property

@@ -121,6 +121,23 @@ def test_eight_processes_train_an_adapter_as_peft_does_in_one(alone, spread, ada
     assert min(entry["grad_norm"] for entry in steps(history)) > CLIPPED["max_grad_norm"]
 
 
+def test_the_operations_are_those_of_peft(deep_folder, adapter, tmp_path):
+    """Frozen weights take no gradients of their own."""
+    degrees = {"tp_size": 2, "pp_size": 2}
+    ranks = same_on_all(
+        lambda rank: (
+            make_3d_trainer(deep_folder, tmp_path / "run", degrees, objects={"peft_config": adapter}).flops_per_token
+        ),
+        degrees,
+        tmp_path / "run",
+    )
+    whole = GLMForBlankInfilling.from_pretrained(deep_folder)
+    config, frozen = whole.config, whole.num_parameters()
+    added = sum(weight.numel() for weight in weights_of(adapter).values())
+    of_attention = 12 * config.num_hidden_layers * config.hidden_size * RECIPE.row_length
+    assert ranks == 4 * frozen + 6 * added + of_attention
+
+
 def test_ranks_that_have_slices_of_the_tokens_train_the_same_adapter(deep_folder, adapter, alone, tmp_path):
     whole, expected = alone
     degrees = {"tp_size": 2, "pp_size": 2, "dp_size": 1, "sequence_parallel": True}
