@@ -6,8 +6,10 @@ import pickle
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatch
 from functools import partial
 from importlib.resources import files
+from pathlib import Path
 
 import httpx
 import pytest
@@ -16,7 +18,9 @@ from running_server import serving
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from glm_hf.conversion.loading import load
+from glm_hf.folders.validation import MODEL_FILES
 from glm_hf.onnx import ORTGLMForBlankInfilling, export_onnx, verify_onnx
+from glm_hf.onnx.runtime import GRAPH_FILES
 
 FOLDER = str(files("glm_hf") / "world_facts")
 NEAR = 1e-4
@@ -38,6 +42,13 @@ def test_a_folder_is_opened_by_every_way_of_naming_it(world_facts):
     expected = world_facts(IDS).logits
     for options in ({"pretrained_model_name_or_path": name}, {"pretrained_model_name_or_path": name, "config": name}):
         assert torch.equal(ORTGLMForBlankInfilling.from_pretrained(**options)(IDS).logits, expected)
+
+
+@pytest.mark.parametrize("patterns", [MODEL_FILES, GRAPH_FILES], ids=["by commands", "by the class"])
+def test_every_file_that_a_graph_needs_is_downloaded(world_facts, patterns):
+    names = {path.name for path in Path(world_facts.name_or_path).iterdir()} - {"LICENSE", "README.md"}
+    assert {"model.onnx", "model.onnx.data"} < names
+    assert [name for name in names if not any(fnmatch(name, pattern) for pattern in patterns)] == []
 
 
 @pytest.mark.parametrize("counted", [{}, {"exclude_embeddings": True}])
