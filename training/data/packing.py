@@ -273,7 +273,10 @@ class SeparateRows:
         counts = np.zeros(len(tokens), np.int64)
         num_parts = len(self.corpus.boundaries) - 1
         for first in range(0, num_parts, DOCUMENTS_AT_ONCE):
-            starts = self.corpus.read_boundaries(first, min(first + DOCUMENTS_AT_ONCE, num_parts) - 1)
+            boundaries = self.corpus.read_boundaries(first, min(first + DOCUMENTS_AT_ONCE, num_parts))
+            if (boundaries[1:] < boundaries[:-1]).any() or boundaries[0] < 0:
+                raise self._damage()
+            starts = boundaries[:-1]
             inner, after = np.searchsorted(tokens, (starts[0], starts[-1]), side="right")
             counts[inner:after] += np.searchsorted(starts, tokens[inner:after])
             counts[after:] += len(starts)
