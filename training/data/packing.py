@@ -115,15 +115,10 @@ class Pieces:
         """Return the index of every token of the row in a corpus of so many."""
         return ragged_range(self.start, self._totals()) % num_tokens
 
-    def read(self, tokens: np.ndarray, sample_id: int) -> Row:
-        """Read the row from the tokens of the corpus."""
-        totals = self._totals()
-        end = int(self.start[-1] + totals[-1])
-        if end <= len(tokens) and (self.start[1:] == self.start[:-1] + totals[:-1]).all():
-            read = tokens[self.start[0] : end]
-        else:
-            read = tokens[self.indices(len(tokens))]
-        return Row(OBJECTIVES[self.objective], read.astype(np.int64), self.length, self.is_end, sample_id)
+    def read(self, corpus: TokenFile, sample_id: int) -> Row:
+        """Read the row from its corpus."""
+        tokens = corpus.read_tokens(self.start.tolist(), self._totals().tolist())
+        return Row(OBJECTIVES[self.objective], tokens.astype(np.int64), self.length, self.is_end, sample_id)
 
     def _totals(self) -> np.ndarray:
         return self.length if self.length.ndim == 1 else self.length.sum(1)

@@ -1,4 +1,4 @@
-"""A tokenized corpus on disk, read through the memory map.
+"""A tokenized corpus on disk, of which the runs are read that are needed.
 
 A folder holds
 
@@ -56,7 +56,17 @@ class TokenFile:
 
     def read_boundaries(self, first: int, last: int) -> np.ndarray:
         """Return the boundaries from one to another, both included."""
-        return read_numbers(self.folder / BOUNDARIES_FILE, self.boundaries, first, last + 1 - first)
+        return read_numbers(self.folder / BOUNDARIES_FILE, self.boundaries, [(first, last + 1)])
+
+    def read_tokens(self, starts: Sequence[int], lengths: Sequence[int]) -> np.ndarray:
+        """Return the tokens of texts one after another; a text that goes beyond the last token goes on at the first."""
+        runs: list[tuple[int, int]] = []
+        for start, length in zip(starts, lengths, strict=True):
+            first = runs.pop()[0] if runs and runs[-1][1] == start else start
+            runs.append((first, start + length))
+            if start + length > len(self.tokens):
+                runs[-1:] = (first, len(self.tokens)), (0, start + length - len(self.tokens))
+        return read_numbers(self.folder / TOKENS_FILE, self.tokens, runs)
 
     @property
     def num_documents(self) -> int:
@@ -164,7 +174,7 @@ def require_ids(corpus: TokenFile, vocab_size: int, forbidden: Iterable[int]) ->
     unwanted = np.array([] if has_masks else sorted(forbidden), corpus.tokens.dtype)
     step = BLOCK_BYTES // corpus.tokens.itemsize
     for block in blocks_at_opening(-(-len(corpus.tokens) // step)):
-        ids = read_numbers(corpus.folder / TOKENS_FILE, corpus.tokens, block * step, step)
+        ids = read_numbers(corpus.folder / TOKENS_FILE, corpus.tokens, [(block * step, (block + 1) * step)])
         if ids.max() >= vocab_size or ids.min() < 0 or any((ids == one).any() for one in unwanted):
             wrong = (ids >= vocab_size) | (ids < 0) | np.isin(ids, unwanted)
             place = int(wrong.argmax())
@@ -235,16 +245,36 @@ def _problems(corpus: TokenFile, choose: Callable[[int], Sequence[int]]) -> Iter
     step = BLOCK_BYTES // 8
     for block in choose(-(-len(corpus.boundaries) // step)):
         starts = corpus.read_boundaries(block * step, (block + 1) * step)
-        if starts[0] < 0 or (np.diff(starts) < 0).any():
+        if starts[0] < 0 or (starts[1:] < starts[:-1]).any():
             yield f"{corpus.folder / BOUNDARIES_FILE} is damaged: its numbers do not rise"
             return
 
 
-def read_numbers(path: Path, mapped: np.ndarray, start: int, count: int) -> np.ndarray:
-    """Return some numbers of a file without its map, whose pages would count as memory of this process."""
+def read_numbers(path: Path, mapped: np.ndarray, runs: Sequence[tuple[int, int]]) -> np.ndarray:
+    """
+    Return numbers of a file without its map, whose pages count as memory and are read with megabytes around them.
+
+    Args:
+        path: The file.
+        mapped: Its map, or an array in place of both.
+        runs: First and last of the numbers, without the last, of each run; what is beyond the end is left out.
+
+    Raises:
+        ValueError: If the file has become shorter.
+    """
+    runs = [(start, min(end, len(mapped))) for start, end in runs]
     if not isinstance(mapped, np.memmap):
-        return mapped[start : start + count]
-    return np.fromfile(path, mapped.dtype, count, offset=mapped.offset + start * mapped.itemsize)
+        return np.concatenate([mapped[start:end] for start, end in runs])
+    numbers = np.empty(sum(end - start for start, end in runs), mapped.dtype)
+    room = numbers.view(np.uint8)
+    with path.open("rb", buffering=0) as file:
+        for start, end in runs:
+            size = (end - start) * mapped.itemsize
+            file.seek(mapped.offset + start * mapped.itemsize)
+            if file.readinto(room[:size]) != size:
+                raise ValueError(f"{path} is damaged: it has become shorter; tokenize it again")
+            room = room[size:]
+    return numbers
 
 
 def blocks_at_opening(count: int) -> Sequence[int]:
