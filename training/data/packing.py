@@ -6,7 +6,7 @@ their own, which see nothing of each other; only a document longer than a window
 the corpus is in exactly one row of an epoch.
 
 No plan is stored. A row of the stream follows from its number. Documents apart are packed in blocks of a fixed number
-of tokens, each by itself, and only how many rows come before each block is kept.
+of tokens, each by itself and by packing.c, and only how many rows come before each block is kept.
 """
 
 import ctypes
@@ -30,6 +30,7 @@ BLOCKS_AT_ONCE = 1024
 DOCUMENTS_AT_ONCE = 1 << 18
 BLOCKS_KEPT = 256
 MOST_THREADS = 4
+ROW_ARRAYS = ("objectives", "first", "start", "length", "is_end")
 NO_MEMORY, DAMAGED = -1, -2  # as in packing.c
 
 
@@ -185,7 +186,7 @@ class Packing(ctypes.Structure):
 class RowArrays(ctypes.Structure):
     """`struct rows` of packing.c."""
 
-    _fields_ = [(name, POINTER) for name in ("objectives", "first", "start", "length", "is_end")]
+    _fields_ = [(name, POINTER) for name in ROW_ARRAYS]
 
 
 @functools.cache
@@ -330,10 +331,7 @@ class SeparateRows:
         """Return the boundaries of the documents of the blocks from `first` to before `end`."""
         parts_each = 2 if self.is_instructions else 1
         first_part, last = (int(self.first_documents[block]) * parts_each for block in (first, end))
-        parts = self.corpus.read_boundaries(first_part, last)
-        if len(parts) != last + 1 - first_part:
-            raise self._damage()
-        return np.ascontiguousarray(parts, np.int64)
+        return np.ascontiguousarray(self.corpus.read_boundaries(first_part, last), np.int64)
 
     def _pack_blocks(
         self, partition: int, parts: np.ndarray, first: int, rows_per_block: np.ndarray, packed: PackedBlock | None
@@ -346,11 +344,11 @@ class SeparateRows:
             (ctypes.c_double * 2)(*objective_edges(recipe)),
             *(recipe.row_length, self.block_tokens, len(self.corpus.tokens), self.is_instructions),
         )
-        names = [name for name, _ in RowArrays._fields_]
-        arrays = packed and RowArrays(*(getattr(packed, name).ctypes.data for name in names))
+        arrays = packed and RowArrays(*(getattr(packed, name).ctypes.data for name in ROW_ARRAYS))
         num_pieces = packing_library().pack_blocks(
             *(packing, key_of(self.key, partition), parts.ctypes.data, len(parts) - 1),
-            *(self.first_documents[first:].ctypes.data, first, len(rows_per_block), rows_per_block.ctypes.data, arrays),
+            *(self.first_documents[first:].ctypes.data, first, len(rows_per_block)),
+            *(rows_per_block.ctypes.data, arrays),
         )
         if num_pieces == NO_MEMORY:
             raise MemoryError(f"no memory to pack {len(parts):,} documents")

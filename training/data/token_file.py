@@ -59,7 +59,7 @@ class TokenFile:
         return read_numbers(self.folder / BOUNDARIES_FILE, self.boundaries, [(first, last + 1)])
 
     def read_tokens(self, starts: Sequence[int], lengths: Sequence[int]) -> np.ndarray:
-        """Return the tokens of texts one after another; a text that goes beyond the last token goes on at the first."""
+        """Return the tokens of texts one after another; a text that passes the last token goes on at the first."""
         runs: list[tuple[int, int]] = []
         for start, length in zip(starts, lengths, strict=True):
             first = runs.pop()[0] if runs and runs[-1][1] == start else start
@@ -266,7 +266,7 @@ def read_numbers(path: Path, mapped: np.ndarray, runs: Sequence[tuple[int, int]]
     if not isinstance(mapped, np.memmap):
         return np.concatenate([mapped[start:end] for start, end in runs])
     numbers = np.empty(sum(end - start for start, end in runs), mapped.dtype)
-    room = numbers.view(np.uint8)
+    room = numbers.view(np.uint8).data
     with path.open("rb", buffering=0) as file:
         for start, end in runs:
             size = (end - start) * mapped.itemsize
