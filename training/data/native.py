@@ -12,7 +12,6 @@ from typing import Any
 POINTER: Any = ctypes.c_void_p
 SIZE: Any = ctypes.c_int64
 NUMBER: Any = ctypes.c_int32
-REMEDY = "glm_hf was installed without its C code; install glm_hf where a C compiler is at hand to have it built"
 
 
 @functools.cache

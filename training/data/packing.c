@@ -21,8 +21,8 @@ static const uint64_t OBJECTIVE = (uint64_t)1 << 32, ORDER = (uint64_t)5 << 32;
 
 /* As in packing.py. */
 struct packing {
-    const int32_t *infilled; /* tokens of a row that a text of 0 .. row_length tokens takes, for each objective */
-    int64_t longest[NUM_OBJECTIVES]; /* texts in one piece, at most row_length */
+    const int32_t *infilled; /* tokens of a row that a text of 0 .. row_length tokens takes, by objective */
+    int64_t longest[NUM_OBJECTIVES];  /* texts that are not split, at most row_length */
     double edges[NUM_OBJECTIVES - 1]; /* between the objectives in [0, 1) */
     int64_t row_length, block_tokens, num_tokens;
     int32_t is_instructions;
@@ -38,7 +38,7 @@ struct rows {
 };
 
 struct document {
-    uint64_t key; /* objective << CHANCE_BITS | chance, by which documents are ordered */
+    uint64_t key;   /* objective << CHANCE_BITS | chance, by which documents are ordered */
     int64_t number; /* in its block */
 };
 
@@ -46,7 +46,7 @@ struct state {
     const struct packing *packing;
     const struct rows *rows; /* to be written, or NULL */
     int64_t num_rows, num_pieces;
-    int64_t room; /* in the last row */
+    int64_t room; /* tokens that the last row has left */
 };
 
 /* Return 64 random bits, output number `counter` of SplitMix64. */
@@ -198,8 +198,8 @@ static void pack_block(
 /* Pack blocks of documents, each by itself; return how many pieces there are, DAMAGED, or NO_MEMORY.
 
     key             of the draws
-    parts           boundaries of the parts, of which the first belongs to document first_documents[0]
-    num_parts       how many there are, one boundary less
+    parts           boundaries of the parts, the first that of document first_documents[0]
+    num_parts       one less than boundaries
     first_documents of every block, and of the one behind
     first_block     number of the first block in the corpus
     rows_per_block  to be written

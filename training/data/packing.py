@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from glm_hf.training.data.blanks import exclusive_sum, ragged_range
-from glm_hf.training.data.native import NUMBER, POINTER, REMEDY, SIZE, native_library, num_cores
+from glm_hf.training.data.native import NUMBER, POINTER, SIZE, native_library, num_cores
 from glm_hf.training.data.proportions import Proportions
 from glm_hf.training.data.random_numbers import key_of
 from glm_hf.training.data.recipe import OBJECTIVES, InfillingRecipe
@@ -199,7 +199,10 @@ def packing_library() -> ctypes.CDLL:
     """
     library = native_library()
     if library is None:
-        raise ModuleNotFoundError(f"documents that stay apart, and instructions, are packed by C code, but {REMEDY}")
+        raise ModuleNotFoundError(
+            "glm_hf was installed without its C code, which packs documents that stay apart, and instructions; "
+            "install glm_hf where a C compiler is at hand, not on Windows, to have it built"
+        )
     library.pack_blocks.argtypes = [
         *(ctypes.POINTER(Packing), ctypes.c_uint64, POINTER, SIZE),
         *(POINTER, SIZE, SIZE, POINTER, ctypes.POINTER(RowArrays)),

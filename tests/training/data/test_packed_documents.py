@@ -244,7 +244,9 @@ def test_boundaries_that_were_cut_off_are_refused(kind, tmp_path):
 def test_an_installation_without_the_c_code_is_an_error(monkeypatch):
     packing.packing_library.cache_clear()
     monkeypatch.setattr(packing, "native_library", lambda: None)
-    with pytest.raises(ModuleNotFoundError, match="installed without its C code; install glm_hf where a C compiler"):
+    with pytest.raises(
+        ModuleNotFoundError, match="without its C code, which packs .* install glm_hf where a C compiler is"
+    ):
         SeparateRows(corpus_of(np.array([0, 5])), InfillingRecipe(), key=0)
 
 
