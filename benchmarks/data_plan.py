@@ -100,7 +100,7 @@ def compare_plans(rows: int, rounds: int) -> None:
             kind = "instructions" if number >= 16 else "text"
             write_corpus(Path(name) / f"{number:02}", per_corpus // (100 if kind == "instructions" else 1), kind)
         print(f"\nplan: {rows / 1e6:.0f} M rows of 20 corpora, 4 of them instructions; seconds, goal {RESUME_GOAL}")
-        print(f"{'documents':<26}{'open':>8}{'plan':>8}{'10%':>8}{'50%':>8}{'99.9%':>8}{'steps':>12}{'MB':>6}")
+        print(f"{'documents':<34}{'open':>8}{'plan':>8}{'10%':>8}{'50%':>8}{'99.9%':>8}{'steps':>12}{'MB':>6}")
         for joined in (True, False):
             for batch in (4224, 192):
                 command = [sys.executable, __file__, "--plan-of", name, "--batch", str(batch), "--rows", str(rows)]
@@ -110,7 +110,7 @@ def compare_plans(rows: int, rounds: int) -> None:
                 *seconds, steps, memory = found.values()
                 label = "all joined" if joined else "8 of 20 corpora apart"
                 print(
-                    f"{label + f', batch {batch}':<26}"
+                    f"{label + f', batch {batch}':<34}"
                     + "".join(f"{each:8.2f}" for each in seconds)
                     + f"{steps:12,.0f}{memory:6.0f}"
                 )
