@@ -16,15 +16,15 @@ kernels_cpu = Extension(
     py_limited_api=True,
     optional=True,
 )
-unigram = Extension(
-    "glm_hf.training.data.tokenizing._unigram",
-    sources=["src/glm_hf/training/data/tokenizing/unigram.c"],
+training_data = Extension(
+    "glm_hf.training.data._native",
+    sources=["src/glm_hf/training/data/packing.c", "src/glm_hf/training/data/tokenizing/unigram.c"],
     extra_compile_args=["-O3", "-fvisibility=hidden"],
     py_limited_api=True,
     optional=True,
 )
 
 setup(
-    ext_modules=[] if sys.platform == "win32" else [kernels_cpu, unigram],
+    ext_modules=[] if sys.platform == "win32" else [kernels_cpu, training_data],
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

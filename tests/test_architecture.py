@@ -200,7 +200,7 @@ WORLD_FACTS = {
 }  # fmt: skip
 
 
-COMPILED = ("quantization/_kernels_cpu", "training/data/tokenizing/_unigram")
+COMPILED = ("quantization/_kernels_cpu", "training/data/_native")
 
 
 @pytest.mark.parametrize("has_compiler", [True, False])

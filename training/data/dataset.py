@@ -60,7 +60,7 @@ class CorpusRows:
 
     def row(self, number: int, sample_id: int) -> Row:
         """Return row `number`, counted through all epochs."""
-        return self._pieces(number).read(self.corpus.tokens, sample_id)
+        return self._pieces(number).read(self.corpus, sample_id)
 
     def origin(self, number: int) -> dict[str, object]:
         """Tell the corpus of row `number` and the numbers of its documents, counted from 0."""

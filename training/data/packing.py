@@ -6,24 +6,32 @@ their own, which see nothing of each other; only a document longer than a window
 the corpus is in exactly one row of an epoch.
 
 No plan is stored. A row of the stream follows from its number. Documents apart are packed in blocks of a fixed number
-of tokens, each by itself, and only how many rows come before each block is kept.
+of tokens, each by itself and by packing.c, and only how many rows come before each block is kept.
 """
 
+import ctypes
+import functools
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
 from glm_hf.training.data.blanks import exclusive_sum, ragged_range
+from glm_hf.training.data.native import NUMBER, POINTER, SIZE, native_library, num_cores
 from glm_hf.training.data.proportions import Proportions
-from glm_hf.training.data.random_numbers import OBJECTIVE, ORDER, key_of, mix, uniform
+from glm_hf.training.data.random_numbers import key_of
 from glm_hf.training.data.recipe import OBJECTIVES, InfillingRecipe
-from glm_hf.training.data.token_file import TokenFile
+from glm_hf.training.data.token_file import BOUNDARIES_FILE, TokenFile
 
 NO_CORPUS = -1  # of a row that comes from no known corpus
 BLOCK_ROWS = 64  # as many full rows have the tokens of a block; so few share its rows that are not full
 BLOCKS_AT_ONCE = 1024
 DOCUMENTS_AT_ONCE = 1 << 18
 BLOCKS_KEPT = 256
+MOST_THREADS = 4
+ROW_ARRAYS = ("objectives", "first", "start", "length", "is_end")
+NO_MEMORY, DAMAGED = -1, -2  # as in packing.c
 
 
 @dataclass(frozen=True)
@@ -46,14 +54,13 @@ class Row:
     """Number of its corpus in the dataset."""
 
 
-def next_fit(lengths: np.ndarray, capacity: int, groups: np.ndarray | None = None) -> np.ndarray:
+def next_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
     """
     Pack items in their order, beginning a new row with each that does not fit.
 
     Args:
         lengths: Lengths of the items, at most `capacity` each.
         capacity: Number of tokens that fit a row.
-        groups: Ascending number of the group of each item; a row holds items of one group.
 
     Returns:
         Index of the first item of every row, and the number of items at the end.
@@ -61,8 +68,6 @@ def next_fit(lengths: np.ndarray, capacity: int, groups: np.ndarray | None = Non
     assert (lengths <= capacity).all(), "an item longer than a row would never fit"
     end = lengths.cumsum(dtype=np.int64)
     next_row = np.searchsorted(end, end - lengths + capacity, side="right")  # after a row that begins with the item
-    if groups is not None:
-        next_row = np.minimum(next_row, np.searchsorted(groups, groups, side="right"))
     following = next_row.tolist()
     starts = [0]
     while starts[-1] < len(lengths):
@@ -72,8 +77,12 @@ def next_fit(lengths: np.ndarray, capacity: int, groups: np.ndarray | None = Non
 
 def choose_objectives(uniform: np.ndarray, recipe: InfillingRecipe) -> np.ndarray:
     """Return an index into `OBJECTIVES` for each number in [0, 1), by the shares of the recipe."""
-    edges = np.cumsum((recipe.mask_probability, recipe.smask_probability))
-    return np.searchsorted(edges, uniform, side="right").astype(np.uint8)
+    return np.searchsorted(objective_edges(recipe), uniform, side="right").astype(np.uint8)
+
+
+def objective_edges(recipe: InfillingRecipe) -> np.ndarray:
+    """Return `(2,)` where the next of the `OBJECTIVES` begins in the numbers of [0, 1)."""
+    return np.cumsum((recipe.mask_probability, recipe.smask_probability))
 
 
 def split_documents(lengths: np.ndarray, longest: np.ndarray | int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -107,15 +116,10 @@ class Pieces:
         """Return the index of every token of the row in a corpus of so many."""
         return ragged_range(self.start, self._totals()) % num_tokens
 
-    def read(self, tokens: np.ndarray, sample_id: int) -> Row:
-        """Read the row from the tokens of the corpus."""
-        totals = self._totals()
-        end = int(self.start[-1] + totals[-1])
-        if end <= len(tokens) and (self.start[1:] == self.start[:-1] + totals[:-1]).all():
-            read = tokens[self.start[0] : end]
-        else:
-            read = tokens[self.indices(len(tokens))]
-        return Row(OBJECTIVES[self.objective], read.astype(np.int64), self.length, self.is_end, sample_id)
+    def read(self, corpus: TokenFile, sample_id: int) -> Row:
+        """Read the row from its corpus."""
+        tokens = corpus.read_tokens(self.start.tolist(), self._totals().tolist())
+        return Row(OBJECTIVES[self.objective], tokens.astype(np.int64), self.length, self.is_end, sample_id)
 
     def _totals(self) -> np.ndarray:
         return self.length if self.length.ndim == 1 else self.length.sum(1)
@@ -168,12 +172,51 @@ class JoinedRows:
         return sum(map(int.__mul__, counts, map(int.__mul__, self.longest, self.texts)))
 
 
+class Packing(ctypes.Structure):
+    """`struct packing` of packing.c."""
+
+    _fields_ = [
+        ("infilled", POINTER),
+        *(("longest", SIZE * 3), ("edges", ctypes.c_double * 2)),
+        *((name, SIZE) for name in ("row_length", "block_tokens", "num_tokens")),
+        ("is_instructions", NUMBER),
+    ]
+
+
+class RowArrays(ctypes.Structure):
+    """`struct rows` of packing.c."""
+
+    _fields_ = [(name, POINTER) for name in ROW_ARRAYS]
+
+
+@functools.cache
+def packing_library() -> ctypes.CDLL:
+    """
+    Return what packing.c was compiled to.
+
+    Raises:
+        ModuleNotFoundError: If it was not.
+    """
+    library = native_library()
+    if library is None:
+        raise ModuleNotFoundError(
+            "glm_hf was installed without its C code, which packs documents that stay apart, and instructions; "
+            "install glm_hf where a C compiler is at hand, not on Windows, to have it built"
+        )
+    library.pack_blocks.argtypes = [
+        *(ctypes.POINTER(Packing), ctypes.c_uint64, POINTER, SIZE),
+        *(POINTER, SIZE, SIZE, POINTER, ctypes.POINTER(RowArrays)),
+    ]
+    library.pack_blocks.restype = SIZE
+    return library
+
+
 @dataclass(frozen=True)
-class PackedBlocks:
-    """The rows of some blocks; row `r` holds the pieces from `first[r]` to `first[r + 1]`."""
+class PackedBlock:
+    """The rows of a block; row `r` holds the pieces from `first[r]` to `first[r + 1]`."""
 
     objectives: np.ndarray
-    """`(rows,)` indices into `OBJECTIVES`."""
+    """`(rows,)` indices into `OBJECTIVES`, uint8."""
     first: np.ndarray
     """`(rows + 1,)`."""
     start: np.ndarray
@@ -182,8 +225,6 @@ class PackedBlocks:
     """`(pieces,)`, or `(pieces, 2)` for contexts and targets."""
     is_end: np.ndarray
     """`(pieces,)` whether a piece ends where its document does."""
-    rows_per_block: np.ndarray
-    """`(blocks,)`."""
 
     def pieces(self, number: int) -> Pieces:
         """Return where row `number` lies."""
@@ -205,29 +246,36 @@ class SeparateRows:
         key: Key of the draws.
 
     Raises:
-        ValueError: If an instruction is too long, having been tokenized for another recipe; as soon as its block is
-            packed.
+        ValueError: If an instruction is too long, having been tokenized for another recipe, or a boundary is damaged;
+            as soon as its block is packed.
+        ModuleNotFoundError: If glm_hf was installed without its C code.
     """
 
     num_partitions = 8
 
     def __init__(self, corpus: TokenFile, recipe: InfillingRecipe, key: int) -> None:
+        packing_library()
         self.corpus, self.recipe, self.key = corpus, recipe, key
         self.is_instructions = corpus.facts["kind"] == "instructions"
-        block_tokens = BLOCK_ROWS * recipe.row_length
-        edges = np.arange(-(-len(corpus.tokens) // block_tokens) + 1) * block_tokens
+        self.block_tokens = BLOCK_ROWS * recipe.row_length
+        edges = np.arange(-(-len(corpus.tokens) // self.block_tokens) + 1) * self.block_tokens
         parts = self._parts_before(edges)
         self.first_documents = (parts + 1) // 2 if self.is_instructions else parts
-        self.longest = np.array([recipe.longest_text(name) for name in OBJECTIVES[:3]])
+        self.longest = [recipe.longest_text(name) for name in OBJECTIVES[:3]]
+        lengths = np.arange(recipe.row_length + 1)
+        self.infilled = np.stack([recipe.infilled_length(lengths, name) for name in OBJECTIVES[:3]]).astype(np.int32)
         self.rows_before: dict[int, np.ndarray] = {}
-        self.blocks: dict[tuple[int, int], PackedBlocks] = {}
+        self.blocks: dict[tuple[int, int], PackedBlock] = {}
 
     def _parts_before(self, tokens: np.ndarray) -> np.ndarray:
         """Return how many parts begin before each of some tokens, which rise."""
         counts = np.zeros(len(tokens), np.int64)
         num_parts = len(self.corpus.boundaries) - 1
         for first in range(0, num_parts, DOCUMENTS_AT_ONCE):
-            starts = self.corpus.read_boundaries(first, min(first + DOCUMENTS_AT_ONCE, num_parts) - 1)
+            boundaries = self.corpus.read_boundaries(first, min(first + DOCUMENTS_AT_ONCE, num_parts))
+            if (boundaries[1:] < boundaries[:-1]).any() or boundaries[0] < 0:
+                raise self._damage()
+            starts = boundaries[:-1]
             inner, after = np.searchsorted(tokens, (starts[0], starts[-1]), side="right")
             counts[inner:after] += np.searchsorted(starts, tokens[inner:after])
             counts[after:] += len(starts)
@@ -242,7 +290,7 @@ class SeparateRows:
         partition = epoch % self.num_partitions
         rows_before = self._rows_before(partition)
         block = int(np.searchsorted(rows_before, number, side="right")) - 1
-        packed = self.blocks.pop((partition, block), None) or self._pack(partition, block, block + 1)
+        packed = self.blocks.pop((partition, block), None) or self._pack(partition, block)
         self.blocks[partition, block] = packed  # behind all that were not used since
         if len(self.blocks) > BLOCKS_KEPT:
             del self.blocks[next(iter(self.blocks))]
@@ -251,52 +299,71 @@ class SeparateRows:
     def _rows_before(self, partition: int) -> np.ndarray:
         """Return `(blocks + 1,)` the rows before every block and after the last."""
         if partition not in self.rows_before:
-            block, counts = 0, [np.zeros(1, np.int64)]
-            while block < len(self.first_documents) - 1:
-                fitting = np.searchsorted(self.first_documents, self.first_documents[block] + DOCUMENTS_AT_ONCE) - 1
-                end = int(np.clip(fitting, block + 1, block + BLOCKS_AT_ONCE))
-                end = min(end, len(self.first_documents) - 1)
-                counts.append(self._pack(partition, block, end).rows_per_block)
-                block = end
-            self.rows_before[partition] = np.concatenate(counts).cumsum()
+            with ThreadPoolExecutor(min(MOST_THREADS, num_cores())) as pool:
+                counts = pool.map(lambda blocks: self._count(partition, *blocks), self._ranges())
+                self.rows_before[partition] = np.concatenate([np.zeros(1, np.int64), *counts]).cumsum()
         return self.rows_before[partition]
 
-    def _pack(self, partition: int, first: int, end: int) -> PackedBlocks:
-        """Pack the blocks from `first` to before `end`."""
-        edges = self.first_documents[first : end + 1]
-        numbers = np.arange(edges[0], edges[-1])
-        block = np.repeat(np.arange(end - first), np.diff(edges))
-        key = np.array([key_of(self.key, partition)], np.uint64)
-        start, length = self._documents(int(edges[0]), int(edges[-1]))
-        if self.is_instructions:
-            objective = np.full(len(numbers), OBJECTIVES.index("instruction"))
-        else:
-            objective = choose_objectives(uniform(key, OBJECTIVE, numbers), self.recipe).astype(np.int64)
-        group = block * len(OBJECTIVES) + objective
-        chance = mix(key, ORDER, numbers) >> np.uint64(16)
-        order = np.argsort(group.astype(np.uint64) << np.uint64(48) | chance, kind="stable")
-        start, length, group = start[order], length[order], group[order]
-        if self.is_instructions:
-            fit, is_end = length.sum(1) + 1, np.ones(len(numbers), bool)
-            self._require_short(fit)
-        else:
-            document, offset, piece = split_documents(length, self.longest[group % len(OBJECTIVES)])
-            is_end = offset + piece == length[document]
-            start, length, group = start[document] + offset, piece, group[document]
-            is_gmask = group % len(OBJECTIVES) == OBJECTIVES.index("gmask")
-            fit = self.recipe.infilled_length(length, "mask")
-            fit[is_gmask] = self.recipe.infilled_length(length[is_gmask], "gmask")
-        first_piece = next_fit(fit, self.recipe.row_length, group)
-        of_row = group[first_piece[:-1]]
-        rows_per_block = np.bincount(of_row // len(OBJECTIVES), minlength=end - first)
-        return PackedBlocks(of_row % len(OBJECTIVES), first_piece, start, length, is_end, rows_per_block)
+    def _ranges(self) -> Iterator[tuple[int, int]]:
+        """Yield the first block and the one behind the last of ranges that are counted at once."""
+        first, num_blocks = 0, len(self.first_documents) - 1
+        while first < num_blocks:
+            fitting = np.searchsorted(self.first_documents, self.first_documents[first] + DOCUMENTS_AT_ONCE) - 1
+            end = min(max(first + 1, min(int(fitting), first + BLOCKS_AT_ONCE)), num_blocks)
+            yield first, end
+            first = end
 
-    def _documents(self, first: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return where documents start, and their lengths, `(documents, 2)` of instructions."""
-        parts = self.corpus.read_boundaries(*((2 * first, 2 * end) if self.is_instructions else (first, end)))
+    def _count(self, partition: int, first: int, end: int) -> np.ndarray:
+        """Return `(blocks,)` how many rows each block from `first` to before `end` has."""
+        rows_per_block = np.empty(end - first, np.int64)
+        self._pack_blocks(partition, self._read(first, end), first, rows_per_block, None)
+        return rows_per_block
+
+    def _pack(self, partition: int, block: int) -> PackedBlock:
+        """Pack a block."""
+        parts, num_rows = self._read(block, block + 1), np.empty(1, np.int64)
+        num_pieces = self._pack_blocks(partition, parts, block, num_rows, None)
+        objectives, first = np.empty(num_rows[0], np.uint8), np.full(num_rows[0] + 1, num_pieces)
+        start, is_end = np.empty(num_pieces, np.int64), np.empty(num_pieces, np.bool_)
+        length = np.empty((num_pieces, 2) if self.is_instructions else num_pieces, np.int64)
+        packed = PackedBlock(objectives, first, start, length, is_end)
+        self._pack_blocks(partition, parts, block, num_rows, packed)
+        return packed
+
+    def _read(self, first: int, end: int) -> np.ndarray:
+        """Return the boundaries of the documents of the blocks from `first` to before `end`."""
+        parts_each = 2 if self.is_instructions else 1
+        first_part, last = (int(self.first_documents[block]) * parts_each for block in (first, end))
+        return np.ascontiguousarray(self.corpus.read_boundaries(first_part, last), np.int64)
+
+    def _pack_blocks(
+        self, partition: int, parts: np.ndarray, first: int, rows_per_block: np.ndarray, packed: PackedBlock | None
+    ) -> int:
+        """Pack as many blocks as `rows_per_block` has, from `first` on; return the number of pieces."""
+        recipe = self.recipe
+        packing = Packing(
+            self.infilled.ctypes.data,
+            (SIZE * 3)(*self.longest),
+            (ctypes.c_double * 2)(*objective_edges(recipe)),
+            *(recipe.row_length, self.block_tokens, len(self.corpus.tokens), self.is_instructions),
+        )
+        arrays = packed and RowArrays(*(getattr(packed, name).ctypes.data for name in ROW_ARRAYS))
+        num_pieces = packing_library().pack_blocks(
+            *(packing, key_of(self.key, partition), parts.ctypes.data, len(parts) - 1),
+            *(self.first_documents[first:].ctypes.data, first, len(rows_per_block)),
+            *(rows_per_block.ctypes.data, arrays),
+        )
+        if num_pieces == NO_MEMORY:
+            raise MemoryError(f"no memory to pack {len(parts):,} documents")
+        if num_pieces == DAMAGED:
+            raise self._damage()
         if self.is_instructions:
-            return parts[:-1:2], np.diff(parts).reshape(-1, 2)
-        return parts[:-1], np.diff(parts) - 1
+            self._require_short(parts[2::2] - parts[:-2:2] + 1)
+        return num_pieces
+
+    def _damage(self) -> ValueError:
+        path = self.corpus.folder / BOUNDARIES_FILE
+        return ValueError(f"{path} is damaged: its numbers do not rise; tokenize it again")
 
     def _require_short(self, with_sop: np.ndarray) -> None:
         longest = self.recipe.longest_instruction

@@ -1,4 +1,4 @@
-"""A tokenized corpus on disk, read through the memory map.
+"""A tokenized corpus on disk, of which the runs are read that are needed.
 
 A folder holds
 
@@ -13,8 +13,10 @@ name only when it is complete.
 
 import json
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -49,6 +51,8 @@ class TokenFile:
     """`(parts + 1,)`, a memory map, too."""
     facts: dict[str, Any]
     """Content of corpus.json."""
+    files: tuple[FileIO, FileIO] | None = None
+    """The open files of the ids and of the boundaries, which stay as they are when others replace the folder."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the folder only."""
@@ -56,7 +60,17 @@ class TokenFile:
 
     def read_boundaries(self, first: int, last: int) -> np.ndarray:
         """Return the boundaries from one to another, both included."""
-        return read_numbers(self.folder / BOUNDARIES_FILE, self.boundaries, first, last + 1 - first)
+        return _read_runs(self.files and self.files[1], self.boundaries, [(first, last + 1)])
+
+    def read_tokens(self, starts: Sequence[int], lengths: Sequence[int]) -> np.ndarray:
+        """Return the tokens of texts one after another; a text that passes the last token goes on at the first."""
+        runs: list[tuple[int, int]] = []
+        for start, length in zip(starts, lengths, strict=True):
+            first = runs.pop()[0] if runs and runs[-1][1] == start else start
+            runs.append((first, start + length))
+            if start + length > len(self.tokens):
+                runs[-1:] = (first, len(self.tokens)), (0, start + length - len(self.tokens))
+        return _read_runs(self.files and self.files[0], self.tokens, runs)
 
     @property
     def num_documents(self) -> int:
@@ -164,12 +178,13 @@ def require_ids(corpus: TokenFile, vocab_size: int, forbidden: Iterable[int]) ->
     unwanted = np.array([] if has_masks else sorted(forbidden), corpus.tokens.dtype)
     step = BLOCK_BYTES // corpus.tokens.itemsize
     for block in blocks_at_opening(-(-len(corpus.tokens) // step)):
-        ids = read_numbers(corpus.folder / TOKENS_FILE, corpus.tokens, block * step, step)
+        start = block * step
+        ids = corpus.read_tokens([start], [min(step, len(corpus.tokens) - start)])
         if ids.max() >= vocab_size or ids.min() < 0 or any((ids == one).any() for one in unwanted):
             wrong = (ids >= vocab_size) | (ids < 0) | np.isin(ids, unwanted)
             place = int(wrong.argmax())
             raise ValueError(
-                f"{corpus.folder / TOKENS_FILE}: token {block * step + place} is {ids[place]}, which has no place in "
+                f"{corpus.folder / TOKENS_FILE}: token {start + place} is {ids[place]}, which has no place in "
                 f"a text of a vocabulary of {vocab_size}; tokenize it again"
             )
 
@@ -215,7 +230,8 @@ def _map_files(folder: Path) -> TokenFile:
     size = (folder / TOKENS_FILE).stat().st_size
     if size != num_tokens * dtype.itemsize or boundaries[-1] != num_tokens:
         raise ValueError(f"{folder} is damaged: {num_tokens} tokens expected, {size} bytes found; tokenize it again")
-    return TokenFile(folder, np.memmap(folder / TOKENS_FILE, dtype=dtype, mode="r"), boundaries, facts)
+    files = FileIO(folder / TOKENS_FILE), FileIO(folder / BOUNDARIES_FILE)
+    return TokenFile(folder, np.memmap(folder / TOKENS_FILE, dtype=dtype, mode="r"), boundaries, facts, files)
 
 
 def _problems(corpus: TokenFile, choose: Callable[[int], Sequence[int]]) -> Iterator[str]:
@@ -235,16 +251,42 @@ def _problems(corpus: TokenFile, choose: Callable[[int], Sequence[int]]) -> Iter
     step = BLOCK_BYTES // 8
     for block in choose(-(-len(corpus.boundaries) // step)):
         starts = corpus.read_boundaries(block * step, (block + 1) * step)
-        if starts[0] < 0 or (np.diff(starts) < 0).any():
+        if starts[0] < 0 or (starts[1:] < starts[:-1]).any():
             yield f"{corpus.folder / BOUNDARIES_FILE} is damaged: its numbers do not rise"
             return
 
 
-def read_numbers(path: Path, mapped: np.ndarray, start: int, count: int) -> np.ndarray:
-    """Return some numbers of a file without its map, whose pages would count as memory of this process."""
-    if not isinstance(mapped, np.memmap):
-        return mapped[start : start + count]
-    return np.fromfile(path, mapped.dtype, count, offset=mapped.offset + start * mapped.itemsize)
+def _read_runs(file: FileIO | None, mapped: np.ndarray, runs: Sequence[tuple[int, int]]) -> np.ndarray:
+    """
+    Return numbers of a file without its map, whose pages count as memory and are read with megabytes around them.
+
+    Args:
+        file: The file, None if its numbers are an array in memory.
+        mapped: The map or the array.
+        runs: Numbers of each run, from the first to before the last; what is beyond the end is left out.
+
+    Raises:
+        ValueError: If the file has become shorter.
+    """
+    runs = [(start, min(end, len(mapped))) for start, end in runs]
+    if file is None:
+        return np.concatenate([mapped[start:end] for start, end in runs])
+    assert isinstance(mapped, np.memmap)
+    numbers = np.empty(sum(end - start for start, end in runs), mapped.dtype)
+    room = numbers.view(np.uint8).data
+    for start, end in runs:
+        size = (end - start) * mapped.itemsize
+        if _read_at(file, mapped.offset + start * mapped.itemsize, room[:size]) != size:
+            raise ValueError(f"{file.name} is damaged: it has become shorter; tokenize it again")
+        room = room[size:]
+    return numbers
+
+
+def _read_at(file: FileIO, start: int, room: memoryview) -> int:
+    if os.name == "posix":  # where forked processes share the place in a file
+        return os.preadv(file.fileno(), [room], start)
+    file.seek(start)
+    return file.readinto(room)
 
 
 def blocks_at_opening(count: int) -> Sequence[int]:

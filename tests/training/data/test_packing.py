@@ -58,7 +58,8 @@ def documents(lengths: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def rows_of(layout: JoinedRows | SeparateRows, tokens: np.ndarray, epoch: int = 0) -> list[Row]:
     """Rows of an epoch in the order of the corpus."""
     num_rows = layout.num_rows(epoch % layout.num_partitions)
-    return [layout.pieces(epoch, number).read(tokens, sample_id=number) for number in range(num_rows)]
+    corpus = TokenFile(Path("corpus"), tokens, np.empty(0), {})
+    return [layout.pieces(epoch, number).read(corpus, sample_id=number) for number in range(num_rows)]
 
 
 def joined_rows(num_tokens: int, recipe: InfillingRecipe, epoch: int = 0, seed: int = 0) -> list[Row]:
@@ -347,7 +348,7 @@ def test_blocks_have_the_same_rows_whatever_is_packed_with_them(kind, monkeypatc
     monkeypatch.setattr(packing, "BLOCKS_KEPT", 1)
     others = separate(tokens, boundaries, recipe, kind)
     for number in np.random.default_rng(0).permutation(len(rows)).tolist():
-        assert others.pieces(0, number).read(tokens, number).tokens.tolist() == rows[number].tokens.tolist()
+        assert others.pieces(0, number).read(others.corpus, number).tokens.tolist() == rows[number].tokens.tolist()
 
 
 def test_epochs_pack_documents_in_other_ways_and_in_turns():

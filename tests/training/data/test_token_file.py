@@ -55,6 +55,46 @@ def test_parts_come_back_in_the_smallest_dtype_that_holds_the_vocabulary(folder,
     assert np.load(folder / "boundaries.npy").tolist() == [0, 3, 4, 9]
 
 
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_texts_are_read_in_their_order_and_around_the_end(folder, in_memory):
+    rng = np.random.default_rng(0)
+    corpus = written(folder, [rng.integers(0, 1000, 50).tolist() for _ in range(4)], vocab_size=1000)
+    tokens = np.fromfile(folder / "tokens.bin", "<u2")
+    if in_memory:
+        corpus = TokenFile(folder, tokens, corpus.boundaries, corpus.facts)
+    for count in range(1, 30):
+        starts, lengths = rng.integers(0, 200, count), rng.integers(0, 201, count)
+        following = rng.random(count) < 0.5
+        for place in np.flatnonzero(following[1:]) + 1:
+            starts[place] = (starts[place - 1] + lengths[place - 1]) % 200
+        read = corpus.read_tokens(starts.tolist(), lengths.tolist())
+        expected = [np.arange(*pair) % 200 for pair in zip(starts, starts + lengths, strict=True)]
+        assert read.tolist() == tokens[np.concatenate(expected)].tolist()
+
+
+def test_a_corpus_that_is_replaced_is_read_as_it_was(folder):
+    corpus = written(folder)
+    written(folder, [[2] * 4, [2] * 4])
+    assert corpus.read_tokens([0], [8]).tolist() == [3, 1, 4, 1, 5, 9, 2, 6]
+    assert corpus.read_boundaries(0, 3).tolist() == [0, 3, 4, 8]
+
+
+def test_a_corpus_that_becomes_shorter_is_noticed(folder):
+    corpus = written(folder)
+    os.truncate(folder / "tokens.bin", 14)
+    assert corpus.read_tokens([0], [7]).tolist() == [3, 1, 4, 1, 5, 9, 2]
+    with pytest.raises(ValueError, match=r"tokens\.bin is damaged: it has become shorter; tokenize it again"):
+        corpus.read_tokens([5], [3])
+
+
+@needs_fork
+def test_reading_moves_no_place_in_a_file_that_forked_processes_share(folder):
+    corpus = written(folder)
+    corpus.read_tokens([5], [3])
+    corpus.read_boundaries(1, 2)
+    assert [file.tell() for file in corpus.files] == [0, 0]
+
+
 def test_batches_follow_each_other(folder):
     write_token_file(folder, iter([PARTS[:1], [], PARTS[1:]]), FACTS, 10)
     assert parts_of(open_token_file(folder)) == PARTS

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import os
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -20,6 +19,7 @@ from glm_hf.configuration_glm import GLMConfig
 from glm_hf.folders.atomic import AtomicFolder, destination
 from glm_hf.folders.validation import find_folder, load_tokenizer, read_config, require_matching_tokenizer
 from glm_hf.tokenization_glm import WINDOW, GLMTokenizer
+from glm_hf.training.data.native import num_cores
 from glm_hf.training.data.token_file import dtype_for
 from glm_hf.training.data.tokenizing.encoder import fingerprint
 from glm_hf.training.data.tokenizing.growing_corpus import JOURNAL, SHARDS, GrowingCorpus
@@ -169,7 +169,7 @@ def tokenize_files(
     job = Job(str(target.work / SHARDS), backend, dtype, config.eos_token_id, fields, rule, records.most_bytes)
     unigram_library()  # if it is missing, this process says so, not each of the others
     # The processes come first, as a lock that they inherit would outlive this one.
-    with ShardWorkers(job, min(num_proc or _num_cores(), len(tasks))) as workers, target.locked():
+    with ShardWorkers(job, min(num_proc or num_cores(), len(tasks))) as workers, target.locked():
         target.give_back()
         if not _is_finished(target):  # another run may have come to its end meanwhile
             if not resume:
@@ -256,7 +256,3 @@ def _find_fields(tasks: Sequence[Task], records: RecordRule, name: str) -> tuple
                 f"{', '.join(map(repr, record)) or 'none'}"
             )
     raise ValueError(f"{name} is empty: it holds no document")
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -6,7 +6,6 @@ it splits, and what normalisation makes of every letter, for which `FastNormaliz
 
 import ctypes
 import functools
-import importlib.util
 import itertools
 import logging
 import re
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from glm_hf.training.data.native import NUMBER, POINTER, SIZE, native_library
 from glm_hf.training.data.tokenizing.normalizer import FastNormalizer
 
 NUM_LETTERS, MOST_BLANKS = 0x20000, 127  # as in unigram.c
@@ -27,9 +27,6 @@ LARGEST_SCORE = 1e100
 
 logger = logging.getLogger(__name__)
 
-POINTER: Any = ctypes.c_void_p
-SIZE: Any = ctypes.c_int64
-NUMBER: Any = ctypes.c_int32
 NODE = np.dtype([("base", "u4"), ("parent", "u4"), ("score", "f8")])
 
 
@@ -63,14 +60,13 @@ def unigram_encoder(state: dict[str, Any], normalizer: FastNormalizer) -> "Unigr
 @functools.cache
 def unigram_library() -> ctypes.CDLL | None:
     """Return what unigram.c was compiled to, None if it was not; says so once."""
-    spec = importlib.util.find_spec("glm_hf.training.data.tokenizing._unigram")
-    if spec is None or spec.origin is None:
+    library = native_library()
+    if library is None:
         logger.warning(
             "glm_hf was installed without its C code, so tokenizing takes several times as long. Install glm_hf where "
             "a C compiler is at hand to have it built."
         )
         return None
-    library = ctypes.CDLL(spec.origin)
     arrays: Any = ctypes.POINTER(Arrays)
     texts = [arrays, POINTER, POINTER, SIZE]
     library.normalize_texts.argtypes = [*texts, POINTER, SIZE, POINTER, POINTER, POINTER, POINTER, SIZE]

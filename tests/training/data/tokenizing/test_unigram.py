@@ -197,6 +197,6 @@ def test_other_replacements_are_left_to_the_library(tokenizer, replaced):
 
 
 def test_an_installation_without_the_c_code_says_so(monkeypatch, caplog):
-    monkeypatch.setattr(unigram.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(unigram, "native_library", lambda: None)
     assert unigram.unigram_library.__wrapped__() is None
     assert "was installed without its C code" in caplog.text
