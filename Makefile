@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TORCH := $(shell grep '^torch==' constraints.txt)
-C_SOURCES := $(wildcard quantization/cpu/*.[ch] training/data/*.c training/data/tokenizing/*.c)
+C_SOURCES := $(wildcard quantization/cpu/*.[ch] training/data/*/*.c)
 
 # Tests are run by this many processes, a file at a time; a thread each.
 WORKERS ?= 2

@@ -18,7 +18,7 @@ kernels_cpu = Extension(
 )
 training_data = Extension(
     "glm_hf.training.data._native",
-    sources=["src/glm_hf/training/data/packing.c", "src/glm_hf/training/data/tokenizing/unigram.c"],
+    sources=["src/glm_hf/training/data/packing/packing.c", "src/glm_hf/training/data/tokenizing/unigram.c"],
     extra_compile_args=["-O3", "-fvisibility=hidden"],
     py_limited_api=True,
     optional=True,

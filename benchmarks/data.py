@@ -27,7 +27,7 @@ import torch
 from glm_hf import GLMConfig
 from glm_hf.training import BlankInfillingDataset, DataCollatorForBlankInfilling, InfillingRecipe
 from glm_hf.training.data.blanks import IGNORED
-from glm_hf.training.data.packing import Row
+from glm_hf.training.data.packing.rows import Row
 from glm_hf.training.data.token_file import TokenFile, open_token_file, write_token_file
 
 BATCH = 8

@@ -12,7 +12,7 @@ import torch
 
 from glm_hf.configuration_glm import GLMConfig
 from glm_hf.training.data.blanks import IGNORED
-from glm_hf.training.data.packing import NO_CORPUS
+from glm_hf.training.data.packing.rows import NO_CORPUS
 from glm_hf.training.data.recipe import OBJECTIVES
 from glm_hf.training.pipeline.micro_batches import NO_SAMPLE
 

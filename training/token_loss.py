@@ -18,7 +18,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from glm_hf.training.arguments import GLMTrainingArguments
 from glm_hf.training.data.blanks import IGNORED
 from glm_hf.training.data.dataset import BlankInfillingDataset
-from glm_hf.training.data.packing import NO_CORPUS
+from glm_hf.training.data.packing.rows import NO_CORPUS
 from glm_hf.training.measurements import NOT_KNOWN, LossMeter, row_losses
 from glm_hf.training.pipeline.micro_batches import Batch, predicted_by
 

@@ -28,7 +28,7 @@ from glm_hf.training.data.blanks import (
     ragged_range,
 )
 from glm_hf.training.data.document_spans import keep_inside_documents
-from glm_hf.training.data.packing import Row, choose_objectives, next_fit, split_documents
+from glm_hf.training.data.packing.rows import Row, choose_objectives, next_fit, split_documents
 from glm_hf.training.data.random_numbers import OBJECTIVE, ORDER, PART, keys_of, uniform
 from glm_hf.training.data.recipe import OBJECTIVES, InfillingRecipe
 

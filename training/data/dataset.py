@@ -13,7 +13,9 @@ from dataclasses import replace
 import numpy as np
 from torch.utils.data import Dataset
 
-from glm_hf.training.data.packing import JoinedRows, Pieces, Row, SeparateRows
+from glm_hf.training.data.packing.joined import JoinedRows
+from glm_hf.training.data.packing.rows import Pieces, Row
+from glm_hf.training.data.packing.separate import SeparateRows
 from glm_hf.training.data.proportions import Proportions
 from glm_hf.training.data.random_numbers import GOLDEN, Permutation, key_of
 from glm_hf.training.data.recipe import InfillingRecipe

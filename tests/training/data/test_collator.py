@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from glm_hf.infilling_glm import infilling_layout
 from glm_hf.training import DataCollatorForBlankInfilling, InfillingRecipe, sentence_ends
 from glm_hf.training.data import collator as data_collator
-from glm_hf.training.data.packing import Row
+from glm_hf.training.data.packing.rows import Row
 
 CONFIG = golden_config("cfg1")
 SMALL = InfillingRecipe(row_length=64, window_length=32)

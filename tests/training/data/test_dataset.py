@@ -8,7 +8,7 @@ import pytest
 
 from glm_hf.training import BlankInfillingDataset, InfillingRecipe
 from glm_hf.training.data import dataset as mixture
-from glm_hf.training.data.packing import Row
+from glm_hf.training.data.packing.rows import Row
 from glm_hf.training.data.token_file import TokenFile, open_token_file, write_token_file
 from glm_hf.training.schedules import PiecewiseLinear
 

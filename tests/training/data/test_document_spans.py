@@ -9,7 +9,7 @@ from glm_hf import GLMConfig
 from glm_hf.training import DataCollatorForBlankInfilling, InfillingRecipe
 from glm_hf.training.data.blanks import Spans, draw_word_spans, ragged_range
 from glm_hf.training.data.document_spans import keep_inside_documents
-from glm_hf.training.data.packing import Row
+from glm_hf.training.data.packing.rows import Row
 from glm_hf.training.data.random_numbers import keys_of
 
 CONFIG = GLMConfig()

@@ -1,5 +1,6 @@
-"""The C code packs documents into the rows that numpy does, step by step, and reads nothing outside its arrays."""
+"""The C code, and what stands in for it, pack documents as is done here step by step, and refuse damage."""
 
+import dataclasses
 import os
 import pickle
 from itertools import pairwise
@@ -9,11 +10,23 @@ import numpy as np
 import pytest
 
 from glm_hf.training import InfillingRecipe
-from glm_hf.training.data import packing
-from glm_hf.training.data.packing import BLOCK_ROWS, SeparateRows, split_documents
+from glm_hf.training.data.packing import blocks, separate
+from glm_hf.training.data.packing.blocks import BLOCK_ROWS, packing_library
+from glm_hf.training.data.packing.rows import split_documents
+from glm_hf.training.data.packing.separate import SeparateRows
 from glm_hf.training.data.random_numbers import OBJECTIVE, ORDER, key_of, mix, uniform
 from glm_hf.training.data.recipe import OBJECTIVES
 from glm_hf.training.data.token_file import TokenFile, open_token_file, write_token_file
+
+
+@pytest.fixture(autouse=True, params=["C", "numpy"])
+def implementation(request, monkeypatch) -> None:
+    """Pack by each of them."""
+    if request.param == "numpy":
+        monkeypatch.setattr(blocks, "packing_library", lambda: None)
+    elif packing_library() is None:
+        pytest.skip("the C code was not built")
+
 
 KINDS = ("text", "instructions")
 kinds = pytest.mark.parametrize("kind", KINDS)
@@ -101,8 +114,8 @@ def test_rows_are_those_of_numpy(kind, seed, monkeypatch):
     drawn = uniform(np.array([key_of(key, partition)], np.uint64), OBJECTIVE, np.arange(4))
     recipe = any_recipe(rng, drawn)
     boundaries = any_boundaries(rng, recipe, kind)
-    monkeypatch.setattr(packing, "DOCUMENTS_AT_ONCE", int(rng.integers(1, 2000)))
-    monkeypatch.setattr(packing, "BLOCKS_AT_ONCE", int(rng.integers(1, 20)))
+    monkeypatch.setattr(separate, "DOCUMENTS_AT_ONCE", int(rng.integers(1, 2000)))
+    monkeypatch.setattr(separate, "BLOCKS_AT_ONCE", int(rng.integers(1, 20)))
     layout = SeparateRows(corpus_of(boundaries, kind), recipe, key)
     assert rows_of(layout, partition) == rows_by_numpy(boundaries, recipe, key, partition, kind)
 
@@ -141,8 +154,8 @@ def test_documents_that_draw_the_same_place_stay_in_order():
     chances = mix(np.array([key_of(264, 0)], np.uint64), ORDER, np.arange(len(boundaries) - 1)) >> np.uint64(16)
     order = np.argsort(chances, kind="stable")
     assert (np.diff(chances[order]) == 0).sum() == 1
-    packed = SeparateRows(corpus_of(boundaries), recipe, key=264)._pack(0, 0)
-    assert np.array_equal(packed.start, 2 * order)
+    rows = rows_of(SeparateRows(corpus_of(boundaries), recipe, key=264), 0)
+    assert np.array_equal([start for _, starts, _, _ in rows for start in starts], 2 * order)
 
 
 @kinds
@@ -219,10 +232,9 @@ def test_nothing_outside_is_read_of_boundaries_at_random(kind, seed):
 @kinds
 def test_fewer_boundaries_than_documents_are_refused(kind):
     layout = SeparateRows(corpus_of(np.arange(1001) * 8, kind), InfillingRecipe(32, 16), key=0)
-    num_blocks = len(layout.first_documents) - 1
-    parts = layout._read(0, num_blocks)
+    read = layout._read(0, 0, len(layout.first_documents) - 1)
     with pytest.raises(ValueError, match="is damaged"):
-        layout._pack_blocks(0, parts[:-1], 0, np.empty(num_blocks, np.int64), None)
+        blocks.count_rows(layout.rules, dataclasses.replace(read, parts=read.parts[:-1]))
 
 
 def test_an_instruction_without_its_target_is_refused():
@@ -239,15 +251,6 @@ def test_boundaries_that_were_cut_off_are_refused(kind, tmp_path):
     os.truncate(path, path.stat().st_size - 8)
     with pytest.raises(ValueError, match="is damaged"):
         layout.num_rows(1)
-
-
-def test_an_installation_without_the_c_code_is_an_error(monkeypatch):
-    packing.packing_library.cache_clear()
-    monkeypatch.setattr(packing, "native_library", lambda: None)
-    with pytest.raises(
-        ModuleNotFoundError, match="without its C code, which packs .* install glm_hf where a C compiler is"
-    ):
-        SeparateRows(corpus_of(np.array([0, 5])), InfillingRecipe(), key=0)
 
 
 def test_a_boundary_at_the_end_of_the_corpus_hides_no_documents():

@@ -9,14 +9,10 @@ import pytest
 
 from glm_hf import GLMConfig
 from glm_hf.training import DataCollatorForBlankInfilling, InfillingRecipe
-from glm_hf.training.data import packing
-from glm_hf.training.data.packing import (
-    JoinedRows,
-    Row,
-    SeparateRows,
-    next_fit,
-    split_documents,
-)
+from glm_hf.training.data.packing import separate as separate_rows
+from glm_hf.training.data.packing.joined import JoinedRows
+from glm_hf.training.data.packing.rows import Row, next_fit, split_documents
+from glm_hf.training.data.packing.separate import SeparateRows
 from glm_hf.training.data.token_file import TokenFile
 
 SPECIAL = {f"{name}_token_id": number for number, name in enumerate("pad eos mask gmask smask eod sop eop".split())}
@@ -344,8 +340,8 @@ def test_blocks_have_the_same_rows_whatever_is_packed_with_them(kind, monkeypatc
     assert read_once(rows) == sorted(
         {*tokens.tolist()} - ({*(tokens[boundaries[1:] - 1]).tolist()} if kind == "text" else set())
     )
-    monkeypatch.setattr(packing, "DOCUMENTS_AT_ONCE", 100)
-    monkeypatch.setattr(packing, "BLOCKS_KEPT", 1)
+    monkeypatch.setattr(separate_rows, "DOCUMENTS_AT_ONCE", 100)
+    monkeypatch.setattr(separate_rows, "BLOCKS_KEPT", 1)
     others = separate(tokens, boundaries, recipe, kind)
     for number in np.random.default_rng(0).permutation(len(rows)).tolist():
         assert others.pieces(0, number).read(others.corpus, number).tokens.tolist() == rows[number].tokens.tolist()

@@ -7,7 +7,6 @@ it splits, and what normalisation makes of every letter, for which `FastNormaliz
 import ctypes
 import functools
 import itertools
-import logging
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -24,8 +23,6 @@ MOST_REPLACEMENT_BYTES = 1 << 22
 BYTE_NAMES = "(?<=<)(?=0x[0-9A-F]{2}>)"
 LARGEST_SCORE = 1e100
 """So that no sum of scores is infinite."""
-
-logger = logging.getLogger(__name__)
 
 NODE = np.dtype([("base", "u4"), ("parent", "u4"), ("score", "f8")])
 
@@ -59,13 +56,9 @@ def unigram_encoder(state: dict[str, Any], normalizer: FastNormalizer) -> "Unigr
 
 @functools.cache
 def unigram_library() -> ctypes.CDLL | None:
-    """Return what unigram.c was compiled to, None if it was not; says so once."""
+    """Return what unigram.c was compiled to, None if it was not."""
     library = native_library()
     if library is None:
-        logger.warning(
-            "glm_hf was installed without its C code, so tokenizing takes several times as long. Install glm_hf where "
-            "a C compiler is at hand to have it built."
-        )
         return None
     arrays: Any = ctypes.POINTER(Arrays)
     texts = [arrays, POINTER, POINTER, SIZE]

@@ -12,6 +12,7 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from glm_hf import GLMTokenizer
+from glm_hf.training.data import native
 from glm_hf.training.data.tokenizing import encoder, unigram
 from glm_hf.training.data.tokenizing.normalizer import SPACE, FastNormalizer
 from glm_hf.training.data.tokenizing.unigram import BYTE_NAMES, UnigramEncoder, unigram_library
@@ -197,6 +198,7 @@ def test_other_replacements_are_left_to_the_library(tokenizer, replaced):
 
 
 def test_an_installation_without_the_c_code_says_so(monkeypatch, caplog):
-    monkeypatch.setattr(unigram, "native_library", lambda: None)
+    monkeypatch.setattr(native.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(unigram, "native_library", native.native_library.__wrapped__)
     assert unigram.unigram_library.__wrapped__() is None
     assert "was installed without its C code" in caplog.text
