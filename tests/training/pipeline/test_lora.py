@@ -123,7 +123,7 @@ def test_eight_processes_train_an_adapter_as_peft_does_in_one(alone, spread, ada
 
 def test_the_operations_are_those_of_peft(deep_folder, adapter, tmp_path):
     """Frozen weights take no gradients of their own."""
-    degrees = {"tp_size": 2, "pp_size": 2}
+    degrees = {"tp_size": 2, "dp_size": 2}
     ranks = same_on_all(
         lambda rank: (
             make_3d_trainer(deep_folder, tmp_path / "run", degrees, objects={"peft_config": adapter}).flops_per_token
