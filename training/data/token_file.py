@@ -14,6 +14,7 @@ name only when it is complete.
 import json
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from io import FileIO
@@ -34,6 +35,7 @@ DTYPES = ("<u2", "<i4")
 BLOCK_BYTES = 16 * 2**20
 MOST_BLOCK_BYTES = 2**28
 BLOCKS_AT_OPENING, BLOCKS_OF_LARGE = 64, 8
+SEEKING = threading.Lock()
 """Blocks of a file that are checked when a corpus is opened: all up to 1 GiB, of a larger file some spread evenly."""
 KINDS = ("text", "instructions")
 
@@ -283,10 +285,12 @@ def _read_runs(file: FileIO | None, mapped: np.ndarray, runs: Sequence[tuple[int
 
 
 def _read_at(file: FileIO, start: int, room: memoryview) -> int:
-    if os.name == "posix":  # where forked processes share the place in a file
+    """Read what fits the room; threads, and forked processes, share the place in a file."""
+    if hasattr(os, "preadv"):
         return os.preadv(file.fileno(), [room], start)
-    file.seek(start)
-    return file.readinto(room)
+    with SEEKING:
+        file.seek(start)
+        return file.readinto(room)
 
 
 def blocks_at_opening(count: int) -> Sequence[int]:
