@@ -6,7 +6,7 @@ import os
 import pickle
 import signal
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -70,6 +70,22 @@ def test_texts_are_read_in_their_order_and_around_the_end(folder, in_memory):
         read = corpus.read_tokens(starts.tolist(), lengths.tolist())
         expected = [np.arange(*pair) % 200 for pair in zip(starts, starts + lengths, strict=True)]
         assert read.tolist() == tokens[np.concatenate(expected)].tolist()
+
+
+@pytest.mark.parametrize("call", ["preadv", "readinto"])
+def test_threads_read_one_file_side_by_side(folder, monkeypatch, call):
+    if call == "readinto":
+        monkeypatch.delattr(os, "preadv", raising=False)
+    corpus = written(folder, [list(range(1, 1000)) for _ in range(20)], vocab_size=1000)
+    tokens = np.fromfile(folder / "tokens.bin", "<u2")
+
+    def read(seed: int) -> bool:
+        rng = np.random.default_rng(seed)
+        starts = rng.integers(0, 19_000, 1000).tolist()
+        return all(np.array_equal(corpus.read_tokens([n], [900]), tokens[n : n + 900]) for n in starts)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(read, range(4)))
 
 
 def test_a_corpus_that_is_replaced_is_read_as_it_was(folder):
