@@ -8,7 +8,7 @@ from forked import run_ranks
 from small_runs import Texts, make_trainer, prepare_deepspeed, zero
 from torch import distributed as dist
 
-pytest.importorskip("deepspeed")
+prepare_deepspeed()
 NUM_MICRO_BATCHES = 176
 MOST_ERROR = 1e-4  # of the norm of all gradients
 
@@ -44,7 +44,6 @@ def errors(trainer) -> float:
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_gradients_of_many_micro_batches_lose_nothing(model_folder, tmp_path, stage):
     def rank_main(rank: int) -> float:
-        prepare_deepspeed()
         settings = {"max_steps": 1, "per_device_train_batch_size": 1, "global_batch_size": NUM_MICRO_BATCHES}
         data = Texts(NUM_MICRO_BATCHES)
         return errors(make_trainer(model_folder, tmp_path, data=data, deepspeed=zero(stage), bf16=True, **settings))
@@ -54,7 +53,6 @@ def test_gradients_of_many_micro_batches_lose_nothing(model_folder, tmp_path, st
 
 def test_sixteen_bits_without_zero_are_refused(model_folder, tmp_path):
     def rank_main(rank: int) -> None:
-        prepare_deepspeed()
         with pytest.raises(ValueError, match="deepspeed without ZeRO adds up gradients in 16 bits"):
             make_trainer(model_folder, tmp_path, deepspeed=zero(1) | {"zero_optimization": {"stage": 0}}, bf16=True)
 
