@@ -27,7 +27,8 @@ def prepare_deepspeed() -> None:
     It is kept from compiling an operator that nothing here uses, for minutes.
     """
     pytest.importorskip("deepspeed")
-    import deepspeed.module_inject.auto_ep_layer
+    import deepspeed.module_inject.auto_ep_layer  # noqa: F401
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401, compiles a function
     import torch._dynamo  # noqa: F401
 
     import glm_hf.training.pipeline.weights  # noqa: F401
