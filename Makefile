@@ -33,13 +33,13 @@ demo: $(INSTALLED)
 
 # The second run is of transformers' own model tests, which its source distribution has and its wheel has not.
 test: $(INSTALLED)
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 	$(BIN)/python tests/hf_common/fetch.py
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) tests/hf_common/test_modeling_glm.py
 
 # The oldest versions of torch and transformers that are supported, in an environment of their own.
 test-oldest: $(OLDEST)/.installed
-	$(OLDEST)/bin/pytest -n $(WORKERS) --dist loadfile $(OLDEST_TESTS)
+	$(OLDEST)/bin/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(OLDEST_TESTS)
 
 $(OLDEST)/.installed: setup.cfg setup.py pyproject.toml constraints-oldest.txt $(C_SOURCES)
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)

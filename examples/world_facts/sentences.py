@@ -24,7 +24,9 @@ KEYWORD = ""
 """Name of the place of a keyword, which is no slot."""
 CHOICE = re.compile(r"\(([^()]*)\)")
 PLACE = re.compile(r"\{(\w+)\}|<([^<>]*)>")
+ARTICLE = re.compile(r"\b[Aa] $")
 BEFORE_VOWEL = re.compile(r"hour|(?!uni|eu|one\b|us)[aeiou]", re.IGNORECASE)
+NEXT_SENTENCE = re.compile("([.?] )([a-z])")
 ENDS = ".。"
 SENTENCES_OF_A_FACT = {
     "sum": 24,
@@ -123,14 +125,15 @@ def put_into_words(fact: Fact, phrasing: str, held_out: bool, language: str) -> 
     starts_with_a_name = not (pieces[0] or slots[0] is None)
     if language == "en":
         for place in range(1, len(pieces), 2):
-            if re.search(r"\b[Aa] $", pieces[place - 1]) and BEFORE_VOWEL.match(pieces[place]):
+            if ARTICLE.search(pieces[place - 1]) and BEFORE_VOWEL.match(pieces[place]):
                 pieces[place - 1] = pieces[place - 1].rstrip() + "n "
+        before = ""
         for place, piece in enumerate(pieces):
-            before = "".join(pieces[:place])
-            if piece and (not before or re.search(r"[.?] $", before)):
+            if piece and (not before or before.endswith((". ", "? "))):
                 starts_with_a_name &= bool(before) or piece[0].isupper()
-                pieces[place] = piece[0].upper() + piece[1:]
-            pieces[place] = re.sub(r"([.?] )([a-z])", lambda found: found[1] + found[2].upper(), pieces[place])
+                piece = piece[0].upper() + piece[1:]
+            pieces[place] = NEXT_SENTENCE.sub(lambda found: found[1] + found[2].upper(), piece)
+            before += pieces[place]
     names = tuple(slot or KEYWORD for slot in slots)
     key = (fact.relation, *fact.slots.values())
     return Sentence(fact.relation, held_out, tuple(pieces), names, key, starts_with_a_name)

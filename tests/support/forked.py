@@ -1,5 +1,6 @@
 """Functions run in forked processes, which share what the parent has imported and can be killed."""
 
+import gc
 import os
 import pickle
 import socket
@@ -17,6 +18,7 @@ def start(function: Callable[[], Any], result: Path) -> int:
     pid = os.fork()
     if pid:
         return pid
+    gc.freeze()  # or each collection walks through, and so copies, all that the parent has imported
     try:
         try:
             outcome = ("returned", function())

@@ -4,6 +4,7 @@ End commands at random moments, repeat them, and compare with what nothing has d
 `python kills.py KILL INT TERM` ends commands so many times by each signal and prints a table; the suite tries a few.
 """
 
+import gc
 import json
 import logging
 import os
@@ -148,6 +149,7 @@ def begin(arguments: Callable[[], list[str]], folder: Path) -> int:
     if pid:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return pid
+    gc.freeze()  # as in forked.py
     code = 99
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell ignores for what it runs behind
     logging.getLogger().handlers.clear()  # of pytest, which would keep warnings from stderr

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch.profiler import ProfilerActivity, profile
 
-ROUNDS = 3
+ROUNDS = 10
 
 
 def peak_of(work: Callable[[], object]) -> int:

@@ -22,14 +22,6 @@ SETTINGS = {
 EVALUATED = 10  # samples
 
 
-def import_deepspeed() -> None:
-    """Import once what every forked process would take seconds to import."""
-    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401, compiles a function
-    import torch._dynamo  # noqa: F401
-
-    import glm_hf.training.pipeline.weights  # noqa: F401
-
-
 def allow_half_on_cpu() -> None:
     """DeepSpeed refuses fp16 where the processor has no instructions for it, though torch computes it."""
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pytest
 from torch.utils.data import Dataset, IterableDataset
 
 from glm_hf import GLMForBlankInfilling
@@ -20,8 +21,17 @@ def zero(stage: int) -> dict:
 
 
 def prepare_deepspeed() -> None:
-    """Keep DeepSpeed from compiling an operator that nothing here uses, for minutes."""
-    import deepspeed
+    """
+    Import once what every forked process would take seconds to import; without DeepSpeed, skip the test.
+
+    It is kept from compiling an operator that nothing here uses, for minutes.
+    """
+    pytest.importorskip("deepspeed")
+    import deepspeed.module_inject.auto_ep_layer  # noqa: F401
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401, compiles a function
+    import torch._dynamo  # noqa: F401
+
+    import glm_hf.training.pipeline.weights  # noqa: F401
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from pipeline_runs import import_deepspeed, save_deep_model
+from pipeline_runs import save_deep_model
+from small_runs import prepare_deepspeed
 from tiny_model import save_tiny_model, train_sentencepiece
 
 from glm_hf import GLMTokenizer
@@ -24,6 +25,5 @@ def tokenizer(model_folder) -> GLMTokenizer:
 @pytest.fixture(scope="session")
 def deep_folder(model_folder, tmp_path_factory) -> Path:
     """A model of 4 layers; DeepSpeed, which it is spread with, has been imported."""
-    pytest.importorskip("deepspeed")
-    import_deepspeed()
+    prepare_deepspeed()
     return save_deep_model(model_folder, tmp_path_factory.mktemp("deep") / "model")

@@ -9,7 +9,7 @@ import pytest
 from accelerate import ParallelismConfig
 from forked import run_ranks, start, wait
 from pipeline_runs import make_3d_trainer
-from small_runs import Texts, make_arguments, make_trainer
+from small_runs import Texts, make_arguments, make_trainer, prepare_deepspeed
 from transformers import Trainer, TrainingArguments
 
 from glm_hf import GLMConfig
@@ -205,7 +205,7 @@ def test_optimizers_that_update_within_a_step_are_refused(model_folder, tmp_path
 
 
 def test_a_scheduler_of_deepspeed_is_refused(model_folder, tmp_path):
-    pytest.importorskip("deepspeed")
+    prepare_deepspeed()
 
     def construct() -> str:
         settings = {"zero_optimization": {"stage": 1}, "scheduler": {"type": "WarmupLR"}, "train_batch_size": "auto"}

@@ -181,12 +181,11 @@ def test_two_runs_do_not_share_a_folder(model_folder, tmp_path):
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_zero_reads_plain_types_only(model_folder, tmp_path, stage):
     """All files that DeepSpeed and the trainer unpickle, a kind after another, with checksums that are right."""
-    pytest.importorskip("deepspeed")
+    prepare_deepspeed()
     settings = SETTINGS | {"per_device_train_batch_size": 2, "deepspeed": zero(stage)}
     kinds = ("scheduler.pt", "*model_states.pt", "*optim_states.pt", "rng_state_*.pth")
 
     def rank_main(rank: int) -> list[str]:
-        prepare_deepspeed()
         make_trainer(model_folder, tmp_path / "run", **settings).train()
         checkpoint, found = tmp_path / "run" / "checkpoint-2", []
         for kind in kinds:

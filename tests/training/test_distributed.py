@@ -72,10 +72,9 @@ def test_ddp_gives_the_losses_of_one_process(model_folder, tmp_path, alone):
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_zero_gives_the_losses_of_one_process(model_folder, tmp_path, alone, stage):
-    pytest.importorskip("deepspeed")
+    prepare_deepspeed()
 
     def rank_main(rank: int):
-        prepare_deepspeed()
         return train(model_folder, tmp_path / "run", deepspeed=zero(stage))
 
     expected, expected_logs = alone
@@ -104,13 +103,12 @@ ADAPTER_SETTINGS = {"max_steps": 3, "per_device_train_batch_size": 2}
 @pytest.mark.parametrize("stage", [None, 2])
 def test_adapters_on_quantized_weights_get_the_losses_of_one_process(model_folder, tmp_path, stage):
     pytest.importorskip("peft")
-    pytest.importorskip("deepspeed")
+    prepare_deepspeed()
     alone = tmp_path / "alone"
     alone.mkdir()
     expected = wait(start(lambda: train_adapter(model_folder, alone, 4), alone / "result"), alone / "result")
 
     def rank_main(rank: int):
-        prepare_deepspeed()
         options = {"gradient_checkpointing": True} if stage is None else {"deepspeed": zero(stage)}
         return train_adapter(model_folder, tmp_path / "run", 4, **options)
 
@@ -121,10 +119,9 @@ def test_adapters_on_quantized_weights_get_the_losses_of_one_process(model_folde
 @pytest.mark.parametrize("has_fp16", [False, True])
 def test_zero_stage_3_refuses_quantized_weights(model_folder, tmp_path, has_fp16):
     pytest.importorskip("peft")
-    pytest.importorskip("deepspeed")
+    prepare_deepspeed()
 
     def rank_main(rank: int):
-        prepare_deepspeed()
         from deepspeed.accelerator import get_accelerator
 
         get_accelerator().is_fp16_supported = lambda: has_fp16  # it depends on the processor, and decides on dtypes
@@ -135,15 +132,13 @@ def test_zero_stage_3_refuses_quantized_weights(model_folder, tmp_path, has_fp16
 
 
 def test_zero_goes_on_from_a_checkpoint(model_folder, tmp_path):
-    pytest.importorskip("deepspeed")
+    prepare_deepspeed()
     saving = {"save_strategy": "steps", "save_steps": 2, "deepspeed": zero(2)}
 
     def whole(rank: int):
-        prepare_deepspeed()
         return train(model_folder, tmp_path / "run", **saving)
 
     def again(rank: int):
-        prepare_deepspeed()
         trainer = make_trainer(model_folder, tmp_path / "again", **(SETTINGS | saving))
         trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
         return losses(trainer)
@@ -187,10 +182,9 @@ def test_ranks_agree_to_skip_and_stop(model_folder, tmp_path):
 
 
 def test_zero_stops_before_the_update_and_cannot_skip(model_folder, tmp_path):
-    pytest.importorskip("deepspeed")
+    prepare_deepspeed()
 
     def rank_main(rank: int):
-        prepare_deepspeed()
         options = SETTINGS | {"deepspeed": zero(2)}
         with pytest.raises(ValueError, match="DeepSpeed cannot leave out an update"):
             make_trainer(model_folder, tmp_path / "run", **options, divergence_action="skip")
@@ -222,10 +216,9 @@ def test_the_utilization_is_of_all_devices(model_folder, tmp_path):
 
 
 def test_weights_that_zero_3_holds_elsewhere_count(model_folder, tmp_path):
-    pytest.importorskip("deepspeed")
+    prepare_deepspeed()
 
     def rank_main(rank: int) -> tuple[float, float]:
-        prepare_deepspeed()
         alone = make_trainer(model_folder, tmp_path / "alone")
         trainer = make_trainer(model_folder, tmp_path / "run", max_steps=1, deepspeed=zero(3))
         trainer.train()

@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from forked import run_ranks
+from small_runs import prepare_deepspeed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from glm_hf import GLMForBlankInfilling, GLMQuantizationConfig
@@ -352,7 +353,7 @@ def test_numbers_are_read_as_people_write_them(settings, tmp_path):
 
 def run_parallel(settings: dict, folder: Path, world_size: int) -> list[int]:
     """Run the command on processes as DeepSpeed's launcher starts them, and return their exit codes."""
-    pytest.importorskip("deepspeed")
+    prepare_deepspeed()
     file = write(settings, folder)
     return run_ranks(lambda rank: main([f"--local_rank={rank}", "train", str(file)]), world_size, folder)
 
@@ -373,7 +374,7 @@ def test_a_model_is_spread_over_processes(settings, tmp_path, model_folder, is_n
 
 @pytest.mark.parametrize("is_new", [False, True])
 def test_overrides_reach_a_model_that_is_spread(settings, tmp_path, model_folder, is_new):
-    pytest.importorskip("deepspeed")
+    prepare_deepspeed()
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
     if is_new:
         settings["model"] = {"tokenizer": str(model_folder), "config": sizes}

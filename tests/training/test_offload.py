@@ -62,10 +62,9 @@ ZENFLOW = {"offload_optimizer": {"device": "cpu"}, "zenflow": {"topk_ratio": 0.1
 )
 def test_what_does_not_wait_for_the_trainer_is_refused(model_folder, tmp_path, refused, settings):
     """accelerate tells DeepSpeed when to update, and the trainer hashes files that DeepSpeed has written."""
-    pytest.importorskip("deepspeed")
+    prepare_deepspeed()
 
     def rank_main(rank: int) -> None:
-        prepare_deepspeed()
         with pytest.raises(ValueError, match=f"deepspeed must not have {refused}"):
             make_trainer(model_folder, tmp_path / "run", **RUN, deepspeed=recipe("zero2") | settings)
 

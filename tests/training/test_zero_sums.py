@@ -9,7 +9,7 @@ from pipeline_runs import allow_half_on_cpu
 from small_runs import Texts, make_trainer, prepare_deepspeed, zero
 from torch import distributed as dist
 
-pytest.importorskip("deepspeed")
+prepare_deepspeed()
 NUM_MICRO_BATCHES = 176
 MOST_ERROR = 1e-4  # of the norm of all gradients
 
@@ -45,20 +45,16 @@ def errors(trainer) -> float:
 @pytest.mark.parametrize(("stage", "precision"), [(1, "bf16"), (1, "fp16"), (2, "bf16"), (3, "bf16"), (3, "fp16")])
 def test_gradients_of_many_micro_batches_lose_nothing(model_folder, tmp_path, stage, precision):
     def rank_main(rank: int) -> float:
-        prepare_deepspeed()
         allow_half_on_cpu()
         settings = {"max_steps": 1, "per_device_train_batch_size": 1, "global_batch_size": NUM_MICRO_BATCHES}
-        data = Texts(NUM_MICRO_BATCHES)
-        return errors(
-            make_trainer(model_folder, tmp_path, data=data, deepspeed=zero(stage), **{precision: True}, **settings)
-        )
+        settings |= {"data": Texts(NUM_MICRO_BATCHES), "deepspeed": zero(stage), precision: True}
+        return errors(make_trainer(model_folder, tmp_path, **settings))
 
     assert max(run_ranks(rank_main, 2, tmp_path)) < MOST_ERROR
 
 
 def test_sixteen_bits_without_zero_are_refused(model_folder, tmp_path):
     def rank_main(rank: int) -> None:
-        prepare_deepspeed()
         with pytest.raises(ValueError, match="deepspeed without ZeRO adds up gradients in 16 bits"):
             make_trainer(model_folder, tmp_path, deepspeed=zero(1) | {"zero_optimization": {"stage": 0}}, bf16=True)
 

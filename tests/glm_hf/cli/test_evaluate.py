@@ -3,12 +3,11 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from kills import begin, finish
 
 GOLDEN = Path(__file__).parents[2] / "data" / "golden" / "evaluation"
 MODEL = GOLDEN / "model"
@@ -132,37 +131,33 @@ def test_what_is_wrong_is_one_line(run, arguments, reason):
     assert reason in err.splitlines()[-1]
 
 
-def start(*arguments):
-    """Start the command as a process of its own."""
-    command = [sys.executable, "-m", "glm_hf.cli", "evaluate", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
 @pytest.fixture(scope="module")
-def three_tasks():
-    """Arguments of a run of three tasks, and its table."""
+def three_tasks(tmp_path_factory):
+    """A run of three tasks, as it is typed, and its table."""
     names = ("lm_bidirectional_short/task", "gen_beam_gmask/task", "mul_mask_multi/task")
-    arguments = (MODEL, *names, "--tasks-dir", GOLDEN, "--data-dir", GOLDEN)
-    table, _ = start(*arguments).communicate(timeout=120)
-    return arguments, table
+    words = ["evaluate", str(MODEL), *names, "--tasks-dir", str(GOLDEN), "--data-dir", str(GOLDEN)]
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert finish(lambda: words, folder)[0] == 0
+    return words, (folder / "stdout").read_text()
 
 
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_run_goes_on_and_gives_the_same_table(ending, tmp_path, three_tasks):
-    output, (arguments, expected) = tmp_path / "result.json", three_tasks
-    process = start(*arguments, "--output", output)
-    journal = tmp_path / ".result.json.partial"
-    while process.poll() is None and not (journal.exists() and len(journal.read_bytes().splitlines()) > 30):
+    words, expected = three_tasks
+    results, journal = tmp_path / "results", tmp_path / "results" / ".result.json.partial"
+    results.mkdir()
+    words = [*words, "--output", str(results / "result.json")]
+    pid = begin(lambda: words, tmp_path)
+    while not (journal.exists() and len(journal.read_bytes().splitlines()) > 30):
+        assert os.waitpid(pid, os.WNOHANG) == (0, 0), (tmp_path / "stderr").read_text()
         time.sleep(0.01)
-    process.send_signal(ending)
-    process.communicate(timeout=60)
-    assert not output.exists()
-    known = len(journal.read_text().splitlines())
-    assert known > 30
-    found, _ = start(*arguments, "--output", output).communicate(timeout=120)
-    assert found == expected
-    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+    os.kill(pid, ending)
+    os.waitpid(pid, 0)
+    assert not (results / "result.json").exists()
+    assert len(journal.read_text().splitlines()) > 30
+    assert finish(lambda: words, tmp_path)[0] == 0
+    assert (tmp_path / "stdout").read_text() == expected
+    assert [path.name for path in results.iterdir()] == ["result.json"]
 
 
 def test_a_result_that_is_there_is_replaced_at_once(run, tmp_path):

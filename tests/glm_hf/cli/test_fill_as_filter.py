@@ -27,8 +27,14 @@ class Done:
     stderr: bytes
 
 
+@pytest.fixture(scope="module")
+def _imported(model_folder) -> None:
+    """Import once what every forked process would take seconds to import."""
+    assert cli.main(["fill", "--model", str(model_folder), "--max-new-tokens", "2", LINE]) == 0
+
+
 @pytest.fixture
-def fill(model_folder, tmp_path) -> Callable[..., Done]:
+def fill(_imported, model_folder, tmp_path) -> Callable[..., Done]:
     """Function that runs `fill` in a process of its own, with streams as a shell would give them."""
 
     def run(stdin: bytes | str, *options: str, stdout: str = "", stderr: str = "") -> Done:

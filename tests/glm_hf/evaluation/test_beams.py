@@ -55,26 +55,34 @@ def log_prob(model, row, layout, beam):
     return scores.gather(1, torch.tensor(beam)[:, None]).sum().item()
 
 
-@pytest.mark.parametrize("penalty", [0.0, 1.0, 2.0])
-@pytest.mark.parametrize("counts_context", [True, False])
-def test_enough_beams_find_the_best_of_all_continuations(tiny, penalty, counts_context):
-    end_ids = (tiny.config.eop_token_id, tiny.config.eos_token_id)
-    settings = replace(SETTINGS, num_beams=144, length_penalty=penalty, penalizes_context=counts_context)
-    tokens = range(tiny.config.vocab_size)
+@pytest.fixture(scope="module")
+def continuations(tiny):
+    """Two rows, each with the log-probabilities of all continuations of at most three tokens."""
+    end_ids = {tiny.config.eop_token_id, tiny.config.eos_token_id}
     every = [
         beam
         for length in (1, 2, 3)
-        for beam in product(tokens, repeat=length)
-        if not set(beam[:-1]) & set(end_ids) and (length == 3 or beam[-1] in end_ids)
+        for beam in product(range(tiny.config.vocab_size), repeat=length)
+        if not set(beam[:-1]) & end_ids and (length == 3 or beam[-1] in end_ids)
     ]
-    for row, layout in rows(tiny, 2):
+    return [
+        (row, layout, {beam: log_prob(tiny, row, layout, beam) for beam in every}) for row, layout in rows(tiny, 2)
+    ]
+
+
+@pytest.mark.parametrize("penalty", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize("counts_context", [True, False])
+def test_enough_beams_find_the_best_of_all_continuations(tiny, continuations, penalty, counts_context):
+    end_ids = (tiny.config.eop_token_id, tiny.config.eos_token_id)
+    settings = replace(SETTINGS, num_beams=144, length_penalty=penalty, penalizes_context=counts_context)
+    for row, layout, log_probs in continuations:
         (beams,) = search_beams(tiny, [(row, layout)], [32], settings, end_ids)
 
-        def score(beam, row=row, layout=layout):
+        def score(beam, log_probs=log_probs):
             length = len(beam) + (32 if counts_context else 0)
-            return log_prob(tiny, row, layout, list(beam)) / ((5 + length) / 6) ** penalty
+            return log_probs[beam] / ((5 + length) / 6) ** penalty
 
-        best = max(every, key=score)
+        best = max(log_probs, key=score)
         assert beams[0].ids == list(best)
         assert beams[0].score == pytest.approx(score(best), abs=1e-6)
         assert beams[0].length == len(best) + (32 if counts_context else 0)

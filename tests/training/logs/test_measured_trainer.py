@@ -182,7 +182,7 @@ def compare(found: list[dict], expected: list[dict], tolerance: float) -> None:
 @pytest.mark.parametrize("stage", [None, 1, 2, 3])
 def test_processes_log_what_one_does(model_folder, tmp_path, corpora, stage):
     if stage is not None:
-        pytest.importorskip("deepspeed")
+        prepare_deepspeed()
 
     def train(**options):
         trainer = make_trainer(model_folder, tmp_path / "run", data=corpora, **RUN, **options)
@@ -192,7 +192,6 @@ def test_processes_log_what_one_does(model_folder, tmp_path, corpora, stage):
     def rank_main(rank: int):
         if stage is None:
             return train()
-        prepare_deepspeed()
         return train(deepspeed=zero(stage))
 
     expected = alone(train, tmp_path / "alone")

@@ -7,8 +7,8 @@ import pytest
 import torch
 from forked import run_ranks
 from golden import TOLERANCE, golden_arrays, golden_model
-from pipeline_runs import import_deepspeed
 from safetensors.torch import load_file, save_file
+from small_runs import prepare_deepspeed
 from torch import distributed as dist
 
 from glm_hf import GLMConfig, GLMForBlankInfilling
@@ -21,8 +21,7 @@ BIG = {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 8, "
 
 @pytest.fixture(scope="module", autouse=True)
 def _deepspeed():
-    pytest.importorskip("deepspeed")
-    import_deepspeed()
+    prepare_deepspeed()
 
 
 def spread(function, parallel: ParallelDegrees, folder: Path) -> list:

@@ -97,16 +97,14 @@ def callbacks_for(changes: dict) -> list[TrainerCallback]:
 
 
 @pytest.mark.parametrize("stage", [None, 2, 3])
-def test_ranks_save_what_they_would_save_waiting(request, model_folder, tmp_path, stage):
+def test_ranks_save_what_they_would_save_waiting(model_folder, tmp_path, stage):
     """One rank writes all under DDP, each its own part of the optimizer under ZeRO."""
     options = dict(SETTINGS)
     if stage is not None:
-        request.getfixturevalue("deep_folder")  # for which DeepSpeed is imported
+        prepare_deepspeed()
         options["deepspeed"] = zero(stage)
 
     def rank_main(folder: Path, changes: dict, resume: Path | None = None) -> list[float]:
-        if stage is not None:
-            prepare_deepspeed()
         trainer = make_trainer(model_folder, folder, callbacks=callbacks_for(changes), **options, **changes)
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
         return losses(trainer)
