@@ -16,7 +16,7 @@ def recipe(name: str) -> dict:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_option_of_a_recipe_is_one_of_deepspeed(name):
-    pytest.importorskip("deepspeed")
+    prepare_deepspeed()
     from deepspeed.compile.config import CompileConfig
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
@@ -28,7 +28,7 @@ def test_every_option_of_a_recipe_is_one_of_deepspeed(name):
 
 
 def test_offload_to_the_host_trains_as_one_process_does(model_folder, tmp_path):
-    pytest.importorskip("deepspeed")
+    prepare_deepspeed()
 
     def train(**options):
         trainer = make_trainer(model_folder, tmp_path / "run", **RUN, **options)
@@ -37,7 +37,6 @@ def test_offload_to_the_host_trains_as_one_process_does(model_folder, tmp_path):
         return [[entry[name] for name in names] for entry in trainer.state.log_history if "loss" in entry]
 
     def rank_main(rank: int):
-        prepare_deepspeed()
         given = recipe("zero3_cpu")
         for part in ("offload_optimizer", "offload_param"):
             given["zero_optimization"][part]["pin_memory"] = False  # or DeepSpeed compiles an operator for a minute
