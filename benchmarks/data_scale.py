@@ -4,7 +4,6 @@
 batches, and the sentencepiece library itself on one thread, which gives lists of ids and writes none. Texts are
 English and Chinese lines from word lists, a few hundred characters each; the vocabulary is small, so that a text has
 more tokens than in GLM-130B's. All take turns, once a round; the table shows medians, the ratios those of the rounds.
-Two runs at once, which share nothing but the machine, tell how far two processes can scale on it.
 
 `plan` opens, resumes and reads plans of 200 million rows: data_plan.py.
 
@@ -19,7 +18,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
 
@@ -51,7 +49,6 @@ def compare_tokenizing(folder: Path, num_bytes: int, rounds: int) -> None:
     ways: dict[str, Callable[[], object]] = {
         "tokenize_corpus, 1 process": lambda: tokenize(folder, file, 1),
         "tokenize_corpus, 2 processes": lambda: tokenize(folder, file, 2),
-        "2 runs of 1 process at once": lambda: tokenize_twice(folder, file),
         "datasets.map, 2 processes": lambda: map_datasets(folder, file),
         "sentencepiece, 1 thread": lambda: processor.encode(texts, num_threads=1),
     }
@@ -65,11 +62,9 @@ def compare_tokenizing(folder: Path, num_bytes: int, rounds: int) -> None:
     print(f"{'tokenize':<32}{'seconds':>10}{'Mtokens/s':>12}{'MB/s':>8}")
     for name, taken in seconds.items():
         median = statistics.median(taken)
-        share = (2 if name.startswith("2 runs") else 1) / median / 1e6
-        print(f"{name:<32}{median:>10.2f}{num_tokens * share:>12.2f}{num_bytes * share:>8.2f}")
-    one, two, apart, peer, library = seconds.values()
+        print(f"{name:<32}{median:>10.2f}{num_tokens / median / 1e6:>12.2f}{num_bytes / median / 1e6:>8.2f}")
+    one, two, peer, library = seconds.values()
     show_ratio("2 processes: share of linear scaling", one, [2 * taken for taken in two], SCALING_GOAL)
-    show_ratio("2 processes against 2 runs at once", [taken / 2 for taken in apart], two, SCALING_GOAL)
     show_ratio("2 processes against datasets.map", peer, two, DATASETS_GOAL)
     show_ratio("1 process against sentencepiece", library, one, SENTENCEPIECE_GOAL)
 
@@ -91,16 +86,9 @@ def write_texts(folder: Path, num_bytes: int) -> tuple[list[str], Path]:
     return texts, file
 
 
-def tokenize(folder: Path, file: Path, num_proc: int, name: str = "out") -> None:
+def tokenize(folder: Path, file: Path, num_proc: int) -> None:
     """Tokenize a file by our command's function."""
-    tokenize_corpus(file, folder / name, tokenizer=folder / "model", num_proc=num_proc, overwrite=True)
-
-
-def tokenize_twice(folder: Path, file: Path) -> None:
-    """Tokenize a file by two runs at once."""
-    with ThreadPoolExecutor() as pool:
-        for done in [pool.submit(tokenize, folder, file, 1, name) for name in ("first", "second")]:
-            done.result()
+    tokenize_corpus(file, folder / "out", tokenizer=folder / "model", num_proc=num_proc, overwrite=True)
 
 
 def map_datasets(folder: Path, file: Path) -> None:
@@ -127,7 +115,7 @@ def main() -> None:
     """Run the parts that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--megabytes", type=float, default=20, help="size of the texts")
+    parser.add_argument("--megabytes", type=float, default=120, help="size of the texts")
     parser.add_argument("--rows", type=int, default=200_000_000, help="of the plans")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
