@@ -142,8 +142,8 @@ def print_steps(seconds: dict[str, list[float]], saving: float) -> None:
 def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--rows", type=int, default=64, help="texts of 30 tokens that a step trains on")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rows", type=int, default=128, help="texts of 30 tokens that a step trains on")
     parser.add_argument("--folder", type=Path, help="folder on the disk to measure (default: the system's temporary)")
     arguments = parser.parse_args()
     logging.disable_progress_bar()
