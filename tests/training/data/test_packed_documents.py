@@ -237,6 +237,12 @@ def test_fewer_boundaries_than_documents_are_refused(kind):
         blocks.count_rows(layout.rules, dataclasses.replace(read, parts=read.parts[:-1]))
 
 
+def test_an_instruction_that_is_too_long_is_refused():
+    layout = SeparateRows(corpus_of(np.array([0, 5, 9, 30, 49]), "instructions"), InfillingRecipe(32, 16), key=0)
+    with pytest.raises(ValueError, match="an instruction takes 41 tokens, but row_length is 32"):
+        layout.num_rows(0)
+
+
 def test_an_instruction_without_its_target_is_refused():
     assert refused(np.arange(1000) * 8, 8000, "instructions")
 

@@ -194,7 +194,8 @@ def _pack_by_numpy(rules: BlockRules, blocks: Blocks) -> tuple[PackedBlock, np.n
     order = np.argsort(group.astype(np.uint64) << np.uint64(48) | chance, kind="stable")
     start, length, group = start[order], length[order], group[order]
     if rules.is_instructions:
-        infilled, is_end = length.sum(1) + 1, np.ones(len(numbers), np.bool_)
+        infilled = (length.sum(1) + 1).clip(max=rules.recipe.row_length)  # longer ones are refused once counted
+        is_end = np.ones(len(numbers), np.bool_)
     else:
         longest = np.array(rules.longest)[group % len(OBJECTIVES)]
         document, offset, piece = split_documents((length[:, 0] - 1).clip(0), longest)
