@@ -169,7 +169,8 @@ def test_weights_are_counted_as_those_of_the_dense_model(settings, plain):
     config = peft.LoraConfig(target_modules=["query_key_value"])
     adapted = [peft.get_peft_model(each, config).get_nb_trainable_parameters() for each in (model, dense)]
     assert adapted[0] == adapted[1]
-    counts = [flops_per_token(each.config, each.num_parameters(), 64) for each in (model, dense)]
+    sizes = [each.num_parameters() for each in (model, dense)]
+    counts = [flops_per_token(model.config, size, size, 64) for size in sizes]
     assert counts[0] == counts[1]
 
 

@@ -2,7 +2,7 @@
 
 Memory: training_memory.py; communication and time: training_time.py; the bubble: schedule.py.
 
-MFU   Operations of the model, `throughput.flops_per_token` for every token, per second, over the GPUs' peak.
+MFU   Operations of the model, `measurements.flops_per_token` for every token, per second, over the GPUs' peak.
 HFU   The same with what the layers recompute in the backward pass.
 """
 
