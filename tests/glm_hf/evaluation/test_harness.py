@@ -326,3 +326,17 @@ def test_missing_data_are_one_line(monkeypatch):
     with pytest.raises(ValueError, match="the data of glm_glue_cola cannot be had: ") as caught:
         harness_tasks(["glm_glue_cola"], {})
     assert "\n" not in str(caught.value)
+
+
+def test_a_folder_of_tasks_is_read_before_those_of_the_package(tmp_path):
+    """A name of the package's own stands for what the folder has."""
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"text": "a", "answer": "b"}) + "\n")
+    (tmp_path / "mine.yaml").write_text(
+        f"task: {OURS[0]}\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {data}}}}}\ntest_split: test\n"
+        "output_type: generate_until\ndoc_to_text: '{{text}}'\ndoc_to_target: '{{answer}}'\n"
+        "metric_list: [{metric: exact_match}]\n"
+    )
+    manager = harness_tasks(OURS[:1], {"include_path": str(tmp_path)})
+    [task] = manager.kept["tasks"].values()
+    assert [task.doc_to_text(doc) for doc in task.test_docs()] == ["a"]
